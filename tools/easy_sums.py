@@ -1,6 +1,8 @@
-"""Problems that SmolLM2-135M gets right now and then: write train.jsonl and test.jsonl into a folder.
+"""Sums that SmolLM2-135M-Instruct gets right now and then: write train.jsonl and test.jsonl into a folder.
 
-python tools/easy_sums.py easy_sums
+    python tools/easy_sums.py easy_sums
+
+A question is a list of chat messages with one worked example, which teaches the box; the test sums are not in training.
 """
 
 import json
@@ -8,14 +10,18 @@ import random
 import sys
 from pathlib import Path
 
+EXAMPLE = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "\\boxed{7}"}]
+
 
 def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
-    pairs = [(a, b) for a in range(2, 40) for b in range(2, 40)]
-    rng.shuffle(pairs)
-    for name, chosen in (("train", pairs[:1000]), ("test", pairs[1000:1128])):
-        rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in chosen]
+    pairs = [(a, b) for a in range(1, 9) for b in range(1, 9) if (a, b) != (3, 4)]
+    random.Random(0).shuffle(pairs)
+    for name, chosen in (("train", pairs[:47]), ("test", pairs[47:])):
+        rows = [
+            {"question": [*EXAMPLE, {"role": "user", "content": f"{a} + {b}?"}], "answer": str(a + b)}
+            for a, b in chosen
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
