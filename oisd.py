@@ -1847,6 +1847,9 @@ def held_out_scores(run: Run) -> dict[str, Any]:
 
 def prepare(name: str, config: Config) -> Run:
     """Everything that a run needs, the cheap checks first. Raises: UserError."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as every launcher sets it
+    if processes > 1:
+        raise UserError(f"{processes} processes, but training runs in one only; launch with --num_processes 1")
     folder = run_folder(name, config)
     if config.resume:
         hold_to_config(name, config, folder)
@@ -1860,8 +1863,6 @@ def prepare(name: str, config: Config) -> Run:
     accelerator = Accelerator(
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no", log_with=tracker, project_dir=folder
     )
-    if accelerator.num_processes > 1:
-        raise UserError(f"{accelerator.num_processes} processes, but training runs in one only; launch one")
     tokenizer = load_tokenizer(config)
     problems, too_long = load_problems(config.train_data, tokenizer, config)
     held_out = load_problems(config.test_data, tokenizer, config)[0] if config.test_data else []

@@ -699,6 +699,12 @@ def test_bad_input_gets_one_line(arguments, message, toy, tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+def test_several_processes_are_refused(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert oisd.main(toy_arguments(toy, tmp_path / "run")) == 2
+    assert "2 processes, but training runs in one only" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_bad_tables_get_one_line(tmp_path):
     for text, message in (
         ("[a]\nnum_steps = '3'", "it takes int"),
