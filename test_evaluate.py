@@ -22,6 +22,7 @@ import pytest
 import evaluate
 import oisd
 from test_oisd import PAPER_DATA, ROOT, make_toy
+from tools.grader import Grader
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Estimates
@@ -116,7 +117,7 @@ def test_majority():
 def test_classes_are_by_the_grader_not_by_string():
     answers = ["0.5", r"\frac{2}{4}", "3", "3.0", "03", "4", None, r"\frac12", r"x+1", r"1+x"]
     rows = [{"gold": r"\frac12", "response": "-" if a is None else rf"\boxed{{{a}}}"} for a in answers]
-    with oisd.Grader(workers=2) as grader:
+    with Grader(workers=2) as grader:
         evaluate.grade([rows], grader)
         assert evaluate.answer_classes(rows, grader) == [0, 0, 1, 1, 1, 2, None, 0, 3, 3]
     assert [row["answer"] for row in rows] == answers
@@ -205,7 +206,7 @@ SLOW = """
 import sys, time, evaluate, oisd
 def slowed(function, seconds):
     return lambda *a: (time.sleep(seconds), function(*a))[1]
-oisd.HfSampler.generate = slowed(oisd.HfSampler.generate, float(sys.argv[1]))
+oisd.HfSampler._generate_batch = slowed(oisd.HfSampler._generate_batch, float(sys.argv[1]))
 evaluate.grade = slowed(evaluate.grade, float(sys.argv[2]))
 sys.exit(evaluate.main(sys.argv[3:]))
 """
@@ -234,8 +235,8 @@ def test_killed_and_resumed_is_uninterrupted(toy, whole, tmp_path, phase, number
 def test_only_what_is_missing_is_drawn(toy, whole, tmp_path, monkeypatch):
     """More samples, more problems, fewer: the folder grows, and seeds do not depend on how many were asked for."""
     folder, drawn = tmp_path / "run", []
-    generate = oisd.HfSampler.generate
-    monkeypatch.setattr(oisd.HfSampler, "generate", lambda self, p, s: drawn.extend(s) or generate(self, p, s))
+    stream = oisd.HfSampler.stream
+    monkeypatch.setattr(oisd.HfSampler, "stream", lambda self, p, s: drawn.extend(s) or stream(self, p, s))
     for changes in ({"n": 2, "limit": 3}, {"n": 4, "limit": 3}, {}, {}):
         assert evaluate.main(words(toy, folder, **changes)) == 0
     assert same(folder, whole) and len(drawn) == len(set(drawn)) == 42

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 import oisd
 import tiny
+from tools import grader as grading
 
 ROOT = Path(__file__).resolve().parent
 PAPER_DATA = ROOT.parent / "shared" / "data"
@@ -84,9 +85,7 @@ def random_rollouts(count=8, seed=0):
 def run_of(model, config, **parts):
     """As much of a run as `backward`, `update` and `score` look at."""
     tapped = oisd.TappedModel(model, config).train()
-    accelerator = SimpleNamespace(
-        device="cpu", backward=torch.Tensor.backward, clip_grad_norm_=torch.nn.utils.clip_grad_norm_
-    )
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
     return SimpleNamespace(config=config, model=tapped, accelerator=accelerator, state={"step": 0}, **parts)
 
 
@@ -524,7 +523,7 @@ def test_any_split_into_micro_batches_gives_one_gradient(tied):
     rollouts = [r for r in random_rollouts(40) if 10 <= r.length <= 16][:8]
     assert len(rollouts) == 8
     model = random_model(tied=tied)
-    parts = {tokens: [len(p) for p in oisd.split_by_tokens(rollouts, tokens)] for tokens in (128, 64, 16)}
+    parts = {tokens: [len(p) for p in oisd.micro_batches(rollouts, tokens)] for tokens in (128, 64, 16)}
     assert parts[128] == [8] and len(parts[64]) == 2 and parts[16] == [1] * 8, parts
     (whole_sums, whole), *others = [gradients(model, config, rollouts, tokens) for tokens in (128, 64, 16)]
     for sums, gradient in others:
@@ -585,11 +584,11 @@ def test_no_tensor_of_tokens_by_vocabulary_or_tokens_by_tokens():
 def test_sampling_depends_on_the_sequences_seed_alone(toy):
     """Alone or in a batch, first or last: the same tokens, which is what lets runs be split and resumed."""
     _, sampler, _, prompts = toy_sampler(toy)
-    together = sampler.generate(prompts, list(range(len(prompts))))
+    together = oisd.in_order(sampler.stream(prompts, list(range(len(prompts)))))
     for index in (0, 3, len(prompts) - 1):
-        alone = sampler.generate([prompts[index]], [index])[0]
+        alone = oisd.in_order(sampler.stream([prompts[index]], [index]))[0]
         assert alone.response_ids == together[index].response_ids
-    assert len({tuple(r.response_ids) for r in sampler.generate([prompts[0]] * 32, list(range(32)))}) > 2
+    assert len({tuple(r.response_ids) for r in oisd.in_order(sampler.stream([prompts[0]] * 32, list(range(32))))}) > 2
 
 
 def test_sampling_draws_from_the_softmax():
@@ -697,12 +696,6 @@ def test_bad_input_gets_one_line(arguments, message, toy, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert error.startswith("oisd: error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "run").exists()
-
-
-def test_several_processes_are_refused(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert oisd.main(toy_arguments(toy, tmp_path / "run")) == 2
-    assert "2 processes, but training runs in one only" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_bad_tables_get_one_line(tmp_path):
@@ -839,7 +832,7 @@ def table(text: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def pool():
-    with oisd.Grader(workers=2, seconds=10.0) as grader:
+    with grading.Grader(workers=2, seconds=10.0) as grader:
         yield grader
 
 
@@ -869,14 +862,14 @@ def test_right_and_wrong_answers(pool):
     ],
 )
 def test_the_last_complete_box_counts(response, content):
-    assert oisd.extract_boxed(response) == content
+    assert grading.extract_boxed(response) == content
 
 
 def test_extraction_is_linear():
     start = time.monotonic()
     for piece in ("{", "}", r"\boxed{", r"\boxed{}", r"\boxed{{", r"\boxed ", r"\boxed{1", "\\", " ", r"\boxed{}}"):
-        oisd.extract_boxed(piece * (10**6 // len(piece)))
-        oisd.extract_boxed(r"\boxed{" + piece * (10**6 // len(piece)))
+        grading.extract_boxed(piece * (10**6 // len(piece)))
+        grading.extract_boxed(r"\boxed{" + piece * (10**6 // len(piece)))
     assert time.monotonic() - start < 20  # 5 seconds alone; hours were it quadratic
 
 
@@ -893,11 +886,11 @@ def test_clean_answer():
         r"x \text{ cm}",
         "$1$, $2$",
     ]
-    assert [oisd.clean_answer(text) for text in same] == same
-    assert oisd.clean_answer(r" $$1{,}234{,}567.5$$. ") == "1234567.5"
-    assert oisd.clean_answer(r"\$1,\!000,\!000") == r"\$1000000"
-    assert oisd.clean_answer(r"(1{,}200, 3)") == "(1200, 3)"
-    assert oisd.clean_answer(r"-1,200 \text{ m}") == r"-1200 \text{ m}"
+    assert [grading.clean_answer(text) for text in same] == same
+    assert grading.clean_answer(r" $$1{,}234{,}567.5$$. ") == "1234567.5"
+    assert grading.clean_answer(r"\$1,\!000,\!000") == r"\$1000000"
+    assert grading.clean_answer(r"(1{,}200, 3)") == "(1200, 3)"
+    assert grading.clean_answer(r"-1,200 \text{ m}") == r"-1200 \text{ m}"
 
 
 def test_nothing_is_an_answer_only_in_a_box(pool):
@@ -916,7 +909,7 @@ def alive(grader) -> int:
 
 
 def test_hostile_answers_cost_their_time_and_no_more():
-    with oisd.Grader(workers=2, seconds=1.0) as grader:
+    with grading.Grader(workers=2, seconds=1.0) as grader:
         start = time.monotonic()
         assert grader.grade([rf"\boxed{{{answer}}}" for answer in HOSTILE], ["7"] * len(HOSTILE)) == [0.0] * len(
             HOSTILE
@@ -932,7 +925,7 @@ def test_hostile_answers_cost_their_time_and_no_more():
 
 
 def test_a_killed_worker_is_a_crash_and_is_replaced():
-    with oisd.Grader(workers=1, seconds=60.0) as grader:
+    with grading.Grader(workers=1, seconds=60.0) as grader:
         assert grader.grade([r"\boxed{0.5}"], [r"\frac24"]) == [1.0]
         worker = grader._idle.queue[0]
         threading.Timer(0.5, worker.kill).start()
@@ -948,7 +941,7 @@ def test_a_killed_worker_is_a_crash_and_is_replaced():
 
 
 def test_a_stopped_worker_does_not_stop_the_program():
-    with oisd.Grader(workers=1, seconds=1.0) as grader:
+    with grading.Grader(workers=1, seconds=1.0) as grader:
         grader.grade([r"\boxed{1}"], ["2"])
         os.kill(grader._idle.queue[0].pid, signal.SIGSTOP)
         assert grader.grade([r"\boxed{0.5}"], [r"\frac24"]) == [0.0] and grader.crashes == 1
@@ -957,7 +950,7 @@ def test_a_stopped_worker_does_not_stop_the_program():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
 def test_workers_are_limited_and_light():
-    with oisd.Grader(workers=1, memory_gib=1.0) as grader:
+    with grading.Grader(workers=1, memory_gib=1.0) as grader:
         grader.grade([r"\boxed{0.5}"], [r"\frac24"])
         pid = grader._idle.queue[0].pid
         assert resource.prlimit(pid, resource.RLIMIT_AS) == (2**30, 2**30)
@@ -981,7 +974,7 @@ def test_a_blocked_or_ignored_alarm_of_the_caller_does_not_disarm_the_workers():
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     try:
-        with oisd.Grader(workers=1, seconds=1.0) as grader:
+        with grading.Grader(workers=1, seconds=1.0) as grader:
             grader.grade([r"\boxed{1}"], ["2"])
             rescue = threading.Timer(6, grader._idle.queue[0].kill)  # or a failure would be a hang
             rescue.start()
@@ -992,19 +985,21 @@ def test_a_blocked_or_ignored_alarm_of_the_caller_does_not_disarm_the_workers():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_grading_from_a_thread_by_the_shared_pool():
+def test_grading_from_a_thread():
     got = []
-    thread = threading.Thread(target=lambda: got.extend(oisd.grade([r"\boxed{0.75}", "no"], [r"\frac34", "1"])))
-    thread.start()
-    thread.join()
+    with grading.Grader(workers=1) as grader:
+        work = [r"\boxed{0.75}", "no"], [r"\frac34", "1"]
+        thread = threading.Thread(target=lambda: got.extend(grader.grade(*work)))
+        thread.start()
+        thread.join()
     assert got == [1.0, 0.0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_end_with_a_killed_parent():
     program = (
-        "import oisd, threading, time\n"
-        "g = oisd.Grader(2, 2.0)\n"
+        "from tools import grader as grading\n"
+        "g = grading.Grader(2, 2.0)\n"
         "g.grade([r'\\boxed{1}', r'\\boxed{2}'], ['3', '3'])\n"
         "print(*[w.pid for w in g._idle.queue], flush=True)\n"
         "g.grade([r'\\boxed{9^{9^{9^9}}}'], ['3'])\n"
@@ -1021,8 +1016,9 @@ def test_workers_end_with_a_killed_parent():
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch):
-    monkeypatch.setattr(oisd, "_WORKER_SOURCE", oisd._WORKER_SOURCE.replace("from math_verify ", "from math_verifyy "))
-    with oisd.Grader(workers=2) as grader:
+    source = grading._WORKER_SOURCE.replace("from math_verify ", "from math_verifyy ")
+    monkeypatch.setattr(grading, "_WORKER_SOURCE", source)
+    with grading.Grader(workers=2) as grader:
         for _ in range(2):  # and the pool is not exhausted by it
             with pytest.raises(RuntimeError, match="No module named 'math_verifyy'"):
                 grader.grade([r"\boxed{1}"], ["2"])
@@ -1031,9 +1027,9 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch):
 def test_what_libraries_print_does_no_harm(monkeypatch):
     line = "        parsed, units, zeros = read_gold(gold)\n"
     noisy = line + "        print('1\\n' * 10**5); os.write(1, b'1\\n'); os.write(2, b'1\\n' * 10**5)\n"
-    assert line in oisd._WORKER_SOURCE
-    monkeypatch.setattr(oisd, "_WORKER_SOURCE", oisd._WORKER_SOURCE.replace(line, noisy))
-    with oisd.Grader(workers=1, seconds=3.0) as grader:
+    assert line in grading._WORKER_SOURCE
+    monkeypatch.setattr(grading, "_WORKER_SOURCE", grading._WORKER_SOURCE.replace(line, noisy))
+    with grading.Grader(workers=1, seconds=3.0) as grader:
         responses, golds = [rf"\boxed{{{n}.0}}" for n in range(6)], ["0", "2", "2", "9", "4", "7"]
         assert grader.grade(responses, golds) == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
         assert (grader.timeouts, grader.crashes) == (0, 0)
@@ -1043,7 +1039,7 @@ def test_what_libraries_print_does_no_harm(monkeypatch):
 def test_the_working_directory_cannot_shadow_modules(tmp_path, monkeypatch):
     (tmp_path / "sympy.py").write_text("raise ImportError('the wrong sympy')")
     monkeypatch.chdir(tmp_path)
-    with oisd.Grader(workers=1) as grader:
+    with grading.Grader(workers=1) as grader:
         assert grader.grade([r"\boxed{0.5}"], [r"\frac24"]) == [1.0]
 
 
@@ -1303,7 +1299,7 @@ def probe_vllm(folder):
     sampler = oisd.VllmSampler(config, end_ids, torch.device("cpu"))
 
     def gap():
-        rollouts = sampler.generate(prompts * 8, list(range(len(prompts) * 8)))
+        rollouts = oisd.in_order(sampler.stream(prompts * 8, list(range(len(prompts) * 8))))
         with torch.no_grad():
             trainer = tapped(oisd.pack(rollouts, config), score_only=True)["logprobs"]
         differences = trainer - torch.tensor([value for r in rollouts for value in r.sampler_logprobs])
@@ -1311,7 +1307,7 @@ def probe_vllm(folder):
 
     sampler.sync(model)
     long = [(prompts[0] * 5)[:32]] * 300  # more tokens than the engine takes at once, each request with a seed
-    assert len(sampler.generate(long, list(range(300)))) == 300
+    assert len(oisd.in_order(sampler.stream(long, list(range(300))))) == 300
     before, responses = gap()
     repeated = gap()[1] == responses
     with torch.no_grad():  # an update of every weight, embeddings and norms among them
@@ -1319,7 +1315,7 @@ def probe_vllm(folder):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     run = run_of(model, config)
     try:
-        unsynced = oisd.score(run, sampler.generate(prompts * 8, list(range(len(prompts) * 8))))
+        unsynced = oisd.score(run, oisd.in_order(sampler.stream(prompts * 8, list(range(len(prompts) * 8)))))
     except oisd.TrainingError as problem:
         unsynced = str(problem)
     sampler.sync(model)

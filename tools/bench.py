@@ -1,14 +1,22 @@
-"""Peak memory and time of the lens pass against plain autograd on whole logits, forward and backward, in one run.
+"""Speed and memory as ratios, both sides in one run.
 
-    python tools/bench.py                                        1,024 tokens, hidden 1,024, vocabulary 151,936
-    python tools/bench.py --tokens 256 --vocabulary 20000        smaller
+    python tools/bench.py lens                                   1,024 tokens, hidden 1,024, vocabulary 151,936
+    python tools/bench.py lens --tokens 256 --vocabulary 20000   smaller
+    python tools/bench.py grader                                 8,000 responses to MATH500
+    python tools/bench.py grader --data math500=FILE             with a local copy
 
-Each side runs in a process of its own, so that one's peak cannot hide behind the other's; the peak is the resident set
-above what inputs and imports take. Both compute the same loss: clipped policy loss + JS between two layers.
+`lens`: the lens pass against plain autograd on whole logits, forward and backward. Each side runs in a process of its
+own, so that one's peak cannot hide behind the other's; the peak is the resident set above what inputs and imports take.
+Both compute the same loss: clipped policy loss + JS between two layers.
+
+`grader`: `tools/grader.py` with two workers, their start included, against math-verify called one by one in this
+process on whole responses. The responses are made: 16 to each problem, half with its gold in the box, 40 % with
+another problem's, 5 % without a box, 5 % cut off.
 """
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -52,14 +60,7 @@ def side(name, tokens, hidden, vocabulary, chunk):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--side", choices=["dense", "chunked"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def bench_lens(options):
     if options.side:
         return side(options.side, options.tokens, options.hidden, options.vocabulary, options.chunk)
     results = {}
@@ -69,6 +70,56 @@ def main():
         print(f"{name:8}", "  ".join(f"{key} {value:.6g}" for key, value in results[name].items()))
     dense, chunked = results["dense"], results["chunked"]
     print(f"memory ratio {dense['gib'] / chunked['gib']:.2f}, time ratio {dense['seconds'] / chunked['seconds']:.2f}")
+
+
+def made_responses(golds, copies, seed=0):
+    """-> responses, their golds."""
+    chance, responses, answers = random.Random(seed), [], []
+    reasoning = "First, $x^2 + 3x = 12$, so that $x = \\frac{7}{2}$ or less; then we divide by 4. " * 5
+    for gold in golds:
+        for _ in range(copies):
+            box = rf"\boxed{{{gold if chance.random() < 0.55 else chance.choice(golds)}}}"
+            endings = f"The answer is {box}.", "So it must be 12.", f"The answer is {box[:-1]}"
+            responses.append(reasoning + chance.choices(endings, (90, 5, 5))[0])
+            answers.append(gold)
+    return responses, answers
+
+
+def bench_grader(options):
+    from math_verify import parse, verify
+
+    import evaluate
+    import oisd
+    from tools.grader import Grader
+
+    (benchmark,) = evaluate.find_benchmarks(options.data, oisd.Config())
+    source = evaluate.fetch(benchmark)
+    golds = [str(oisd.column(row, benchmark.answer_field, source)) for row in oisd.read_dataset(source)]
+    responses, answers = made_responses(golds, options.copies)
+    start = time.perf_counter()
+    with Grader(workers=2) as grader:
+        ours = grader.grade(responses, answers)
+    clock = [time.perf_counter() - start]
+    plain = [float(verify(parse(rf"\boxed{{{gold}}}"), parse(text))) for gold, text in zip(answers, responses)]
+    clock.append(time.perf_counter() - start - clock[0])
+    for name, verdicts, seconds in zip(("grader", "math-verify"), (ours, plain), clock):
+        print(f"{name:12} {seconds:7.1f} s  {len(verdicts) / seconds:6.0f} a second  right {sum(verdicts):.0f}")
+    differ = sum(a != b for a, b in zip(ours, plain))
+    print(f"{len(responses)} responses; time ratio {clock[1] / clock[0]:.2f}; {differ} verdicts differ")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lens", "grader"])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--data", default="math500", help="a benchmark of evaluate.py, or NAME=FILE")
+    parser.add_argument("--copies", type=int, default=16, help="responses to each problem")
+    parser.add_argument("--side", choices=["dense", "chunked"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    {"lens": bench_lens, "grader": bench_grader}[options.what](options)
 
 
 if __name__ == "__main__":
