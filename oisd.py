@@ -534,6 +534,8 @@ class HfSampler:
     def sleep(self) -> None:
         """Nothing to do: it has no memory of its own."""
 
+    close = sleep
+
     def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Rollout]]:
         """A rollout per prompt and seed, with its index, in the order in which they are finished: batch by batch."""
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding per batch
@@ -613,6 +615,10 @@ class VllmSampler:
         """Give the GPU's memory to the trainer: level 2 drops weights and cache, and `sync` brings new weights."""
         if self.device.type == "cuda":
             self.engine.sleep(level=2)
+
+    def close(self) -> None:
+        """End the engine, and with it the process group that it shares; later it would not find the group."""
+        self.engine.llm_engine.engine_core.shutdown()
 
     def sync(self, model: PreTrainedModel) -> None:
         """Hand the trainer's weights over, one parameter at a time, and forget what the old ones had cached."""
@@ -1112,10 +1118,10 @@ def attention_loss_sum(js: Tensor, advantages: Tensor, clip: float) -> Tensor:
 def attention_scores(tap: Tap, queries: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
     """Logits of Eq. 8 over the sampled keys: tapped query and key, (S,), (S, K) -> (S, H, K); -inf where not valid."""
     query, key = tap.query, tap.key
-    H, Q, (S, K) = query.shape[1], key.shape[1], keys.shape
+    (_, H, _, d), Q, (S, K) = query.shape, key.shape[1], keys.shape
     exact = torch.promote_types(query.dtype, torch.float32)
-    sampled_query = query[0][:, queries].view(Q, H // Q, S, -1).to(exact)  # each key head serves H/Q query heads
-    sampled_key = key[0][:, keys.flatten()].view(Q, S, K, -1).to(exact)
+    sampled_query = query[0][:, queries].view(Q, H // Q, S, d).to(exact)  # each key head serves H/Q query heads
+    sampled_key = key[0][:, keys.flatten()].view(Q, S, K, d).to(exact)
     scores = torch.einsum("qgsd,qskd->sqgk", sampled_query, sampled_key).reshape(S, H, K) * tap.scaling
     return scores.masked_fill(~valid[:, None], -torch.inf)
 
@@ -1321,6 +1327,8 @@ def shard(model: TappedModel, mesh: DeviceMesh, config: Config, plugin: Any = No
 
 def fill(model: TappedModel, source: PreTrainedModel | None, device: torch.device) -> None:
     """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
+    model.to_empty(device=device)
+    model.model.tie_weights()  # to_empty made two tensors of one
     weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()} if source is not None else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=device.type == "cpu")
     set_model_state_dict(model, weights, options=options)
@@ -2018,11 +2026,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = leave(run, name)
     finally:
         run.grader.close()
-    run.accelerator.end_training()
+    if not code or world() == 1:
+        run.sampler.close()
+        run.accelerator.end_training()
     return code
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """`main` as a program. A rank that fails ends at once, with its own error.
+
+    An orderly end would wait for the others, and they for this one; so the launcher sees it gone and ends them.
+    """
     try:
         status = main()
     except BaseException:
@@ -2030,8 +2044,12 @@ if __name__ == "__main__":
             raise
         traceback.print_exc()
         status = 1
-    if status and world() > 1:  # at once: an orderly end would wait for the other ranks, which wait for this one
+    if status and world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    program()

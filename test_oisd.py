@@ -9,10 +9,13 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -529,6 +533,33 @@ def test_any_split_into_micro_batches_gives_one_gradient(tied):
     for sums, gradient in others:
         assert sums == pytest.approx(whole_sums, rel=1e-10)
         assert_same_gradients(gradient, whole, **DOUBLE)
+
+
+def test_an_empty_micro_batch_adds_exactly_nothing():
+    """A rank that has no rollout left computes one token without a response, and its gradients are zeros, not None."""
+    model = random_model()
+    tapped = oisd.TappedModel(model, with_config(attention_weight=1.0))
+    sums = tapped(oisd.pack([], CONFIG))
+    assert all(value == 0 for value in sums.values())
+    (sums["token_loss_sum"] + sums["step_loss_sum"]).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+    assert tapped(oisd.pack([], CONFIG), score_only=True)["logprobs"].shape == (0,)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_micro_batches_are_few_full_and_as_many_for_each_rank(ranks):
+    for seed in range(20):
+        rollouts = random_rollouts(1 + seed, seed)
+        lengths = [rollout.length for rollout in rollouts]
+        for limit in (38, 60, 200):
+            parts = oisd.micro_batches(rollouts, limit, ranks)
+            sizes = [sum(lengths[index] for index in part) for part in parts]
+            assert sorted(index for part in parts for index in part) == list(range(len(rollouts)))
+            assert len(parts) % ranks == 0 and max(sizes) <= limit and sizes == sorted(sizes, reverse=True)
+            assert len(parts) - ranks < 2 * sum(lengths) / limit + 1  # no more rounds than half-full bins would take
+            if all(sizes):  # within a round of ranks no one waits for more than one rollout's tokens
+                rounds = [sizes[start : start + ranks] for start in range(0, len(sizes), ranks)]
+                assert all(a[0] - a[-1] <= max(lengths) for a in rounds)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -1264,19 +1295,9 @@ def test_wrong_weights_in_the_sampler_stop_the_run(toy, tmp_path, monkeypatch, c
 def test_vllm_engine_follows_the_trainer(kind, request, tmp_path):
     """A real engine: the trainer's log-probs before and after an update; without the sync the gap is caught."""
     pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
-    folder = request.getfixturevalue(kind)
-    probe = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert probe.returncode == 0, probe.stdout[-3000:] + probe.stderr[-3000:]
-    gaps = json.loads(probe.stdout.strip().splitlines()[-1])
+    gaps = run_probe(request.getfixturevalue(kind), tmp_path)
     print(kind, gaps)
-    assert gaps["before"] < 1e-3 and gaps["after"] < 1e-3 and "did not arrive" in gaps["unsynced"]
+    assert max(gaps[when] for when in ("loaded", "before", "after")) < 1e-3 and "did not arrive" in gaps["unsynced"]
     assert gaps["distinct"] > 2 and gaps["repeated"]
 
 
@@ -1288,6 +1309,185 @@ def test_the_program_with_vllm(toy, tmp_path):
     shown = process.communicate(timeout=300)[0]
     assert process.returncode == 0, shown[-3000:]
     assert all(row["sampler_logprob_gap"] < 1e-3 for row in read_metrics(run))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes: real FSDP2 over gloo
+# ---------------------------------------------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import json, sys, oisd
+from accelerate import Accelerator
+Accelerator.end_training = lambda self: None  # the group serves all runs
+for words in json.loads(sys.argv[1]):
+    assert oisd.main(words) == 0, words
+"""
+RUNS = {  # name: toy, settings
+    "tied": ("toy", {}),
+    "untied": ("untied_toy", {}),
+    "tied, checkpointed": ("toy", {"gradient_checkpointing": "true"}),
+    "untied, checkpointed": ("untied_toy", {"gradient_checkpointing": "true"}),
+    # 3 prompts for two ranks, and an odd number of micro-batches; held out, 7 problems in batches of 2
+    "unequal": ("toy", {"prompts_per_step": 3, "mini_batch_prompts": 1, "max_tokens_per_gpu": 40, "sampler_batch": 2}),
+    "adapters": ("toy", {"lora_rank": 4, "learning_rate": 1e-2}),
+}
+
+
+def launch(program, *arguments, **settings):
+    """Two processes by torchrun, as a Popen; `program` is a file or source text."""
+    file = Path(tempfile.mkdtemp()) / "program.py"
+    file.write_text(program.read_text() if isinstance(program, Path) else program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *arguments], **pipes, env=env, cwd=file.parent, **settings)
+
+
+def without_last_checkpoint(source, target):
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "step_000004")
+    return target
+
+
+@pytest.fixture(scope="session")
+def one_and_two(request, tmp_path_factory):
+    """Every one of RUNS by one process and by two: -> folder with a `1 name` and a `2 name` for each."""
+    folder, words = tmp_path_factory.mktemp("ranks"), {}
+    for name, (toy, changes) in RUNS.items():
+        toy = request.getfixturevalue(toy)
+        words[name] = toy_arguments(toy, folder / f"2 {name}", **changes)
+        assert oisd.main(toy_arguments(toy, folder / f"1 {name}", **changes)) == 0
+    parted = without_last_checkpoint(folder / "1 tied", folder / "2 after 1")
+    runs = [*words.values(), [*toy_arguments(request.getfixturevalue("toy"), parted), "--resume"]]
+    process = launch(TWO_RANKS, json.dumps(runs))
+    shown = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, shown
+    return folder
+
+
+def assert_same_run(one, other):
+    """Metrics and exported weights, to single precision: a sum over two ranks rounds otherwise than one over all."""
+    for a, b in itertools.zip_longest(read_metrics(one), read_metrics(other)):
+        a.pop("sampler_logprob_gap"), b.pop("sampler_logprob_gap")
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-6)
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in (one, other)]
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-5)
+    differences = [(weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]]
+    print(f"{one.name} against {other.name}: weights differ by at most {max(differences):.2g}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_one(one_and_two, name):
+    """Rollouts, every loss, the gradient norm and the weights after four steps of two updates each."""
+    assert_same_run(one_and_two / f"1 {name}", one_and_two / f"2 {name}")
+
+
+def test_saved_by_two_resumed_by_one_and_the_reverse(toy, one_and_two, tmp_path):
+    assert_same_run(one_and_two / "1 tied", one_and_two / "2 after 1")
+    parted = without_last_checkpoint(one_and_two / "2 tied", tmp_path / "1 after 2")
+    assert oisd.main([*toy_arguments(toy, parted), "--resume"]) == 0
+    assert_same_run(one_and_two / "2 tied", parted)
+
+
+SHARDED = """
+import os, oisd, torch, sys
+from torch.distributed.tensor import DTensor
+name, config = oisd.load_config(sys.argv[1:])
+run = oisd.prepare(name, config)
+parameters = list(run.model.parameters())
+assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in parameters)
+local, whole = (sum(p.numel() for p in ps) for ps in ([p.to_local() for p in parameters], parameters))
+assert abs(local / whole - 0.5) < 0.01, (local, whole)
+rollouts = oisd.sample_and_grade(run, run.problems[:4], 2, "train", 0)
+oisd.score(run, rollouts)
+for rollout in rollouts:
+    rollout.advantage = 1.0
+alone = oisd.backward(run, rollouts[:1], 1000)  # one rollout: the other rank's micro-batch is empty
+assert alone["policy_loss"] != 0 and all(p.grad is not None for p in parameters)
+norm = torch.nn.utils.clip_grad_norm_(parameters, 1e9).full_tensor().item()
+mine = [rollout.response_ids for rollout in rollouts]
+assert oisd.gather([mine])[0] == mine  # all know all
+oisd.say(f"norm {norm!r}")
+run.accelerator.end_training()
+"""
+
+
+def test_ranks_hold_half_each_and_may_have_nothing_to_do(toy, tmp_path):
+    process = launch(SHARDED, *toy_arguments(toy, tmp_path / "run"))
+    shown = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, shown
+    _, config = oisd.load_config(toy_arguments(toy, tmp_path / "alone"))
+    run = oisd.prepare("alone", config)
+    rollouts = oisd.sample_and_grade(run, run.problems[:4], 2, "train", 0)
+    oisd.score(run, rollouts)
+    rollouts[0].advantage = 1.0
+    oisd.backward(run, rollouts[:1], 1000)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e9).item()
+    run.grader.close()
+    assert float(re.search(r"norm (\S+)", shown)[1]) == pytest.approx(norm, rel=1e-5)
+
+
+DYING = """
+import sys, oisd
+log_metrics = oisd.log_metrics
+def fail(run, metrics):
+    log_metrics(run, metrics)
+    if oisd.rank() == 1 and run.state["step"] == 2:
+        raise MemoryError("no room left on this rank")
+oisd.log_metrics = fail if sys.argv.pop(1) == "error" else log_metrics
+oisd.program()
+"""
+
+
+@pytest.mark.parametrize("cause", ["error", "kill", "terminate"])
+def test_a_rank_that_dies_takes_the_run_down(toy, tmp_path, cause):
+    """Within a minute, with its own error shown; a SIGTERM to the launcher ends in a checkpoint by both."""
+    folder = tmp_path / "run"
+    words = toy_arguments(toy, folder, num_steps=1000, checkpoint_every=0, test_data="")
+    process = launch(DYING, cause, *words)
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 100
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    start = time.monotonic()
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    if cause == "kill":
+        os.kill(children[-1], signal.SIGKILL)
+    elif cause == "terminate":
+        process.terminate()
+    shown = process.communicate(timeout=60)[0]
+    print(f"{cause}: over after {time.monotonic() - start:.1f} s")
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in children)
+    if cause == "error":
+        assert "MemoryError: no room left on this rank" in shown
+    if cause == "terminate":
+        assert "go on with: accelerate launch oisd.py" in shown, shown[-3000:]
+        state = json.loads(next(folder.glob("checkpoints/step_*/state.json")).read_text())
+        assert state["step"] == len(read_metrics(folder))
+
+
+def test_two_ranks_with_an_engine_each(toy, tmp_path):
+    """Different rollouts by rank, log-probs that agree after every update, an export that vLLM loads."""
+    pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
+    folder = tmp_path / "run"
+    changes = {"sampler": "vllm", "num_steps": 3, "learning_rate": 1e-2, "rollouts_every": 1, "test_data": ""}
+    process = launch(ROOT / "oisd.py", *toy_arguments(toy, folder, **changes))
+    shown = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, shown[-3000:]
+    assert all(row["sampler_logprob_gap"] < 1e-3 for row in read_metrics(folder))
+    rollouts = [json.loads(line) for line in (folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    ranks = [[rollout["response"] for rollout in half] for half in (rollouts[:16], rollouts[16:])]
+    assert len(rollouts) == 32 and ranks[0] != ranks[1] and len({tuple(part) for part in ranks}) == 2
+    shutil.copy(toy / "train.jsonl", folder / "final")
+    assert run_probe(folder / "final", tmp_path)["loaded"] < 1e-3
+
+
+def run_probe(folder, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(folder)]
+    probe = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=env)
+    assert probe.returncode == 0, probe.stdout[-3000:] + probe.stderr[-3000:]
+    return json.loads(probe.stdout.strip().splitlines()[-1])
 
 
 def probe_vllm(folder):
@@ -1305,6 +1505,7 @@ def probe_vllm(folder):
         differences = trainer - torch.tensor([value for r in rollouts for value in r.sampler_logprobs])
         return differences.abs().max().item(), [r.response_ids for r in rollouts]
 
+    loaded, _ = gap()
     sampler.sync(model)
     long = [(prompts[0] * 5)[:32]] * 300  # more tokens than the engine takes at once, each request with a seed
     assert len(oisd.in_order(sampler.stream(long, list(range(300))))) == 300
@@ -1320,7 +1521,7 @@ def probe_vllm(folder):
         unsynced = str(problem)
     sampler.sync(model)
     after, _ = gap()
-    numbers = {"before": before, "unsynced": unsynced, "after": after}
+    numbers = {"loaded": loaded, "before": before, "unsynced": unsynced, "after": after}
     print(json.dumps(numbers | {"distinct": len(set(map(tuple, responses))), "repeated": repeated}))
 
 
