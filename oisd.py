@@ -43,6 +43,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -344,6 +345,7 @@ def help_text() -> str:
     lines = [
         "usage: python oisd.py [--config FILE:TABLE] [--FIELD VALUE ...]\n",
         "  --config FILE:TABLE  [configs.toml:tiny]  table of a TOML file; its `base` names a table underneath it",
+        "  --plan GPUS  or MACHINESxGPUS: no training, but the memory and work of a step, without weights or GPU",
     ]
     docs = field_docs()
     for entry in dataclasses.fields(Config):
@@ -623,6 +625,7 @@ class VllmSampler:
     def sync(self, model: PreTrainedModel) -> None:
         """Hand the trainer's weights over, one parameter at a time, and forget what the old ones had cached."""
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what PyTorch keeps for the next backward pass, vLLM could not have
             self.engine.wake_up(tags=["weights"])
         weights = whole_weights(model, getattr(torch, self.config.dtype), self.device)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -722,7 +725,7 @@ class PackedBatch:
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T), from 0 in each rollout
     borders: Tensor  # (rollouts + 1,) int32, where each rollout starts, and T
-    longest: int  # tokens of the longest rollout
+    lengths: list[int]  # tokens of each rollout
     predicted: Tensor  # (N,) index in the row of each response token
     target_ids: Tensor  # (N,) those tokens
     advantages: Tensor  # (N,) their rollout's
@@ -758,7 +761,7 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
         input_ids=row[None],
         position_ids=position[None],
         borders=torch.cat([starts, lengths.sum()[None]]).int(),
-        longest=int(lengths.max()),
+        lengths=lengths.tolist(),
         predicted=predicted,
         target_ids=row[predicted],
         advantages=advantages.repeat_interleave(responses),
@@ -825,8 +828,8 @@ def _packed_attention(kernel: Callable, module: nn.Module, query: Tensor, key: T
 
     Neighbours of equal length go together; `micro_batches` sorts by length, so short rollouts come in few calls.
     """
-    lengths, outputs, start = settings.pop("cu_seq_lens_q").diff().tolist(), [], 0
-    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+    lengths, outputs, start = settings.pop("lengths"), [], 0
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
         settings.pop(name)
     window = settings.get("sliding_window")
     if window is not None and max(lengths) > window:
@@ -858,8 +861,9 @@ def _tapped_attention(name: str) -> Callable:
             scaling = settings.get("scaling")
             tap.query, tap.key = query, key
             tap.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if settings.get("cu_seq_lens_q") is None or "flash" in name:
-            packed = settings.get("cu_seq_lens_q") is not None
+        packed = "lengths" in settings
+        if not packed or "flash" in name:
+            settings.pop("lengths", None)
             return kernel(module, query, key, value, None if packed else attention_mask, **settings)
         return _packed_attention(kernel, module, query, key, value, **settings)
 
@@ -938,8 +942,9 @@ class TappedModel(nn.Module):
                 use_cache=False,
                 cu_seq_lens_q=batch.borders,
                 cu_seq_lens_k=batch.borders,
-                max_length_q=batch.longest,
-                max_length_k=batch.longest,
+                max_length_q=max(batch.lengths),
+                max_length_k=max(batch.lengths),
+                lengths=batch.lengths,
             )
         finally:
             for tap in taps:
@@ -1019,7 +1024,7 @@ def by_sign(name: str, values: Tensor, advantages: Tensor) -> dict[str, Tensor]:
     """Sums and counts of the values apart for positive and negative advantages."""
     sums = {}
     for sign, chosen in (("positive", advantages > 0), ("negative", advantages < 0)):
-        sums[f"{name}_{sign}"] = values[chosen].sum()
+        sums[f"{name}_{sign}"] = (values * chosen).sum()
         sums[f"{name}_{sign}_count"] = chosen.sum()
     return sums
 
@@ -1437,9 +1442,10 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def load_model(config: Config, empty: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
-    """-> the model, or its shell without storage, and the dtype of its files, which exports keep. Raises: UserError.
+def load_model(config: Config, empty_on: str = "") -> tuple[PreTrainedModel, torch.dtype]:
+    """-> the model, or its shell on the device `empty_on`, and the dtype of its files, which exports keep.
 
+    Raises: UserError.
     What is trained is float32. Under adapters the weights that stay as they are have the dtype of the computation.
     """
     dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
@@ -1452,8 +1458,8 @@ def load_model(config: Config, empty: bool = False) -> tuple[PreTrainedModel, to
                 f"is the teacher; the student is one of 1 to {layers - 1}"
             )
         settings = {"dtype": dtype, "attn_implementation": config.attention}
-        if empty:
-            with torch.device("meta"):
+        if empty_on:
+            with torch.device(empty_on):
                 model = AutoModelForCausalLM.from_config(model_config, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(config.model, **settings)
@@ -1811,6 +1817,14 @@ def rollout_metrics(rollouts: Sequence[Rollout], config: Config) -> dict[str, fl
     }
 
 
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held so far: of its GPU in PyTorch's hands (vLLM's cache is not), else all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def train_step(run: Run) -> dict[str, Any]:
     """One step of the algorithm in the docstring on top; -> its metrics."""
     config, step, clock = run.config, run.state["step"], [time.perf_counter()]
@@ -1838,6 +1852,7 @@ def train_step(run: Run) -> dict[str, Any]:
         "tokens_per_second": sum(rollout.length for rollout in rollouts) / seconds,
         "seconds": seconds,
         "seconds_rollout": clock[1] - clock[0],
+        "peak_memory_gib": max(gather([peak_bytes(run.accelerator.device)])) / 2**30,
     }
 
 
@@ -1933,7 +1948,7 @@ def prepare_model(
     export_dtype, generation_config, end_ids = facts[0]
     sampler = VllmSampler(config, end_ids, device) if config.sampler == "vllm" else None
     if sharded:
-        model = TappedModel(load_model(config, empty=True)[0], config)
+        model = TappedModel(load_model(config, empty_on="meta")[0], config)
         mesh = init_device_mesh(device.type, (world(),))
         shard(model, mesh, config, getattr(accelerator.state, "fsdp_plugin", None))
         fill(model, source, torch.device("cpu") if config.cpu_offload else device)
@@ -1997,13 +2012,34 @@ def leave(run: Run, name: str) -> int:
     return 128 + run.interruptions.signal_number
 
 
+def take_plan(arguments: list[str]) -> str:
+    """Removes `--plan GPUS` from the command line and returns GPUS. Raises: UserError."""
+    for index, word in enumerate(arguments):
+        name, separator, gpus = word.partition("=")
+        if name == "--plan":
+            taken = arguments[index : index + (1 if separator else 2)]
+            del arguments[index : index + len(taken)]
+            gpus = gpus if separator else taken[-1]
+            if gpus in ("", "--plan"):
+                raise UserError("command line: --plan has no value; name the GPUs, like 4 or 2x8")
+            return gpus
+    return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
     try:
+        gpus = take_plan(arguments)
         name, config = load_config(arguments)
+        if gpus:
+            sys.modules.setdefault("oisd", sys.modules[__name__])  # or the tool would load this file once more
+            from tools import plan
+
+            print(plan.report(name, config, gpus))
+            return 0
         run = prepare(name, config)
     except UserError as problem:
         print(f"oisd: error: {problem}", file=sys.stderr)

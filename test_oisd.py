@@ -5,6 +5,7 @@ and random, except `toy`, which has learnt to answer with a random digit so that
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 import oisd
 import tiny
 from tools import grader as grading
+from tools import plan
 
 ROOT = Path(__file__).resolve().parent
 PAPER_DATA = ROOT.parent / "shared" / "data"
@@ -653,7 +655,7 @@ def test_response_mask_comes_from_lengths():
     assert batch.input_ids.tolist() == [[1, 5, 7, 1, 9, 1, 1, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.predicted.tolist() == [2, 3, 5, 6, 7] and batch.target_ids.tolist() == [7, 1, 1, 1, 0]
-    assert batch.borders.tolist() == [0, 4, 8] and batch.longest == 4
+    assert batch.borders.tolist() == [0, 4, 8] and batch.lengths == [4, 4]
     assert batch.advantages.tolist() == [0.5, 0.5, -0.5, -0.5, -0.5]
     assert batch.queries.tolist() == [1, 2, 4, 5]  # two steps each, the query before the predicted token
     assert batch.keys[3][batch.key_valid[3]].tolist() == [4, 5]  # no key of the neighbour
@@ -1166,7 +1168,7 @@ def toy_sampler(toy):
 
 
 def read_metrics(folder):
-    timings = ("seconds", "seconds_rollout", "tokens_per_second")
+    timings = ("seconds", "seconds_rollout", "tokens_per_second", "peak_memory_gib")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in timings} for row in rows]
 
@@ -1480,6 +1482,100 @@ def test_two_ranks_with_an_engine_each(toy, tmp_path):
     assert len(rollouts) == 32 and ranks[0] != ranks[1] and len({tuple(part) for part in ranks}) == 2
     shutil.copy(toy / "train.jsonl", folder / "final")
     assert run_probe(folder / "final", tmp_path)["loaded"] < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, resource, sys, torch, oisd
+from tools import plan
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+_, config = oisd.load_config(sys.argv[1:])
+torch.randn(256, 256).square().sum()
+before = peak()
+model = oisd.TappedModel(oisd.load_model(config, empty_on="cpu")[0], config).train()
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+batch = oisd.pack(plan.longest_batch(config), config)
+plan.micro_batch(model, batch), optimizer.step(), optimizer.zero_grad()
+plan.micro_batch(model, batch), plan.micro_batch(model, batch)
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="session")
+def shape(tmp_path_factory):
+    """The config of a model of 21 M parameters, without weights."""
+    folder = tmp_path_factory.mktemp("shape")
+    large = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 4096}
+    Qwen3Config(**large, **heads, tie_word_embeddings=False, dtype="float32").save_pretrained(folder)
+    return folder
+
+
+def plan_words(shape, **changes):
+    fields = {"model": shape, "max_response_tokens": 256, "max_tokens_per_gpu": 1024} | changes
+    return ["--config", f"{ROOT / 'configs.toml'}:tiny", *(f"--{name}={value}" for name, value in fields.items())]
+
+
+@pytest.fixture(scope="session")
+def planned(shape):
+    return functools.cache(lambda gpus=1, **changes: plan.plan(oisd.load_config(plan_words(shape, **changes))[1], gpus))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is a measure with glibc's allocator only")
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "true"}], ids=["plain", "checkpointed"])
+def test_planned_memory_is_what_a_step_takes(shape, planned, changes):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
+    command = [sys.executable, "-c", MEASURE, *plan_words(shape, **changes)]
+    measured = int(subprocess.run(command, env=env, capture_output=True).stdout)
+    print(f"{changes}: planned {planned(**changes).training / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
+    assert planned(**changes).training == pytest.approx(measured, rel=0.15)
+
+
+def test_planned_parts_are_arithmetic(planned):
+    layer = 512 * (8 + 2 * 4 + 8) * 64 + 3 * 512 * 1536 + 2 * 512 + 2 * 64
+    parameters = 4 * layer + 2 * 8000 * 512 + 512
+    for gpus in (1, 4):
+        found = planned(gpus)
+        assert found.parts["parameters"] == pytest.approx(4 * parameters / gpus, rel=0.01)
+        assert found.parts["optimizer"] == pytest.approx(8 * parameters / gpus, rel=0.01)
+        assert found.parts["gradients"] >= 4 * parameters / gpus * 0.7 and sum(found.parts.values()) == found.training
+        assert found.resident == found.parts["parameters"] + found.parts["optimizer"]
+        assert all(size >= 0 for size in found.parts.values())
+    # Three responses of 256 tokens and one of 128, 32 more of each the prompt. A quarter of the work is scoring, one
+    # the forward pass, two the backward pass; in training two products with the head forward and four backward.
+    dense = 2 * 4 / 3 * (3 * 4 * layer * 1024 + 6 * 8000 * 512 * (3 * 256 + 128))
+    attention = 4.5 * 2 * 4 * 512 * (3 * 288**2 + 160**2)  # causal: 2 H d T^2 forward, 2.5 times that backward
+    assert found.flops == pytest.approx((dense + attention) / 1024 * found.tokens, rel=0.02)
+
+
+def test_adapters_need_less(planned):
+    all_weights, adapters = planned(4), planned(4, lora_rank=8)
+    assert all(adapters.parts[part] < all_weights.parts[part] / 10 for part in ("optimizer", "gradients"))
+    assert all_weights.training - adapters.training > 0.9 * 12 / 4 * 20e6  # gradient and moments of a quarter of them
+
+
+def test_the_plan_says_what_to_turn(shape, planned, capsys, monkeypatch):
+    words, found = plan_words(shape, sampler="vllm"), planned(4)
+    monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
+    assert oisd.main([*words, "--plan", "2x2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("card: yes") == 4 and all(part in shown for part in found.parts)
+    config = dataclasses.replace(oisd.load_config(words)[1], gradient_checkpointing=True)
+    for changes, message in (
+        ({"training": 23e9, "parts": found.parts | {"activations, rest": 20e9}}, "a smaller max_tokens_per_gpu"),
+        ({"training": 23e9, "parts": found.parts | {"logits chunk": 20e9}}, "a smaller lens_chunk_tokens"),
+        ({"training": 23e9, "parts": found.parts | {"optimizer": 22e9}}, "more GPUs, lora_rank"),
+        ({"resident": 15e9}, "vllm_memory at most 0.31"),
+        ({"vllm_least": 12e9}, "vllm_memory at least 0.50"),
+    ):
+        assert message in plan.verdicts(dataclasses.replace(found, **changes), config)[24]
+    for gpus in ("0", "x2", "2x", "four"):
+        assert oisd.main([*words, "--plan", gpus]) == 2
+        assert "name the GPUs" in capsys.readouterr().err
 
 
 def run_probe(folder, cwd):
