@@ -4,6 +4,7 @@
     python tools/bench.py lens --tokens 256 --vocabulary 20000   smaller
     python tools/bench.py grader                                 8,000 responses to MATH500
     python tools/bench.py grader --data math500=FILE             with a local copy
+    python tools/bench.py packing                                packed rows against padded ones, a small Qwen3
 
 `lens`: the lens pass against plain autograd on whole logits, forward and backward. Each side runs in a process of its
 own, so that one's peak cannot hide behind the other's; the peak is the resident set above what inputs and imports take.
@@ -12,6 +13,10 @@ Both compute the same loss: clipped policy loss + JS between two layers.
 `grader`: `tools/grader.py` with two workers, their start included, against math-verify called one by one in this
 process on whole responses. The responses are made: 16 to each problem, half with its gold in the box, 40 % with
 another problem's, 5 % without a box, 5 % cut off.
+
+`packing`: 16 rollouts, the longest of 256 tokens, all of them or on average 60 or 30 % of that; forward and backward of
+all three losses on the packed row, against the same decoder on the rows padded to the longest (without the loss of
+attention, in its favour).
 """
 
 import argparse
@@ -108,9 +113,53 @@ def bench_grader(options):
     print(f"{len(responses)} responses; time ratio {clock[1] / clock[0]:.2f}; {differ} verdicts differ")
 
 
+def bench_packing(options):
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    import oisd
+
+    shape = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "head_dim": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2))
+    tapped, full = oisd.TappedModel(model.train(), replace(oisd.Config(), student_layer=3, dtype="float32")), None
+    for percent in (100, 60, 30):
+        mean = (16 * percent - 100) / 15  # of all but the longest
+        spread = min(mean, 100 - mean) * 0.8
+        lengths = [256] + [round(2.56 * (mean + spread * (i - 7) / 7)) for i in range(15)]
+        rollouts = [oisd.Rollout([1] * 8, [2] * (n - 8), [-9.0] * (n - 8), "stop", advantage=1.0) for n in lengths]
+        ids = torch.ones(16, 256, dtype=torch.long)
+        mask = torch.arange(256) < torch.tensor(lengths)[:, None]
+
+        def packed(rollouts=rollouts):
+            sums = tapped(oisd.pack(rollouts, tapped.config))
+            (sums["token_loss_sum"] + sums["step_loss_sum"]).backward()
+
+        def padded(ids=ids, mask=mask):
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            final = hidden[mask]  # losses on real tokens only: what is compared is the decoder
+            loss = lambda rows, logprobs, js: (logprobs + js).sum()  # noqa: E731
+            targets = torch.zeros(len(final), dtype=torch.long)
+            oisd.LensPass.apply(final, final, tapped.head, targets, loss, tapped.config)[0].backward()
+
+        seconds = []
+        for work in (packed, padded):
+            work()  # warm
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+            seconds.append(sorted(times)[1])
+        full = full or seconds[0]
+        share = sum(lengths) / (16 * 256)
+        line = f"real tokens {100 * share:5.1f} %   packed {seconds[0]:6.2f} s, {100 * seconds[0] / full:.0f} % of full"
+        print(f"{line}   padded {seconds[1]:6.2f} s   ratio {seconds[1] / seconds[0]:.2f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lens", "grader"])
+    parser.add_argument("what", choices=["lens", "grader", "packing"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -119,7 +168,7 @@ def main():
     parser.add_argument("--copies", type=int, default=16, help="responses to each problem")
     parser.add_argument("--side", choices=["dense", "chunked"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    {"lens": bench_lens, "grader": bench_grader}[options.what](options)
+    {"lens": bench_lens, "grader": bench_grader, "packing": bench_packing}[options.what](options)
 
 
 if __name__ == "__main__":
