@@ -1311,7 +1311,7 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     kind, plugin = accelerator.distributed_type.value, getattr(accelerator.state, "fsdp_plugin", None)
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or (plugin and plugin.fsdp_version != 2):
         raise UserError(f"Accelerate's config asks for {kind}; this program shards by FSDP2 only: set fsdp_version: 2")
-    if config.cpu_offload and cuda and not dist.is_initialized():  # one GPU: FSDP2 with a group of one
+    if cuda and not dist.is_initialized():  # one GPU is a group of one: the same FSDP2, the same bfloat16
         dist.init_process_group("cuda:nccl,cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
     return accelerator
 

@@ -1384,6 +1384,21 @@ def test_two_ranks_are_one(one_and_two, name):
     assert_same_run(one_and_two / f"1 {name}", one_and_two / f"2 {name}")
 
 
+GROUP_OF_ONE = """
+import sys, torch.distributed as dist, oisd
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+sys.exit(oisd.main(sys.argv[1:]))
+"""
+
+
+def test_one_sharded_process_is_a_plain_one(toy, one_and_two, tmp_path):
+    """What runs on a single GPU."""
+    command = [sys.executable, "-c", GROUP_OF_ONE, *toy_arguments(toy, tmp_path / "run")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(one_and_two / "1 tied", tmp_path / "run")
+
+
 def test_saved_by_two_resumed_by_one_and_the_reverse(toy, one_and_two, tmp_path):
     assert_same_run(one_and_two / "1 tied", one_and_two / "2 after 1")
     parted = without_last_checkpoint(one_and_two / "2 tied", tmp_path / "1 after 2")
@@ -1490,13 +1505,16 @@ def test_two_ranks_with_an_engine_each(toy, tmp_path):
 
 MEASURE = """
 import json, resource, sys, torch, oisd
+import torch.distributed as dist
 from tools import plan
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 _, config = oisd.load_config(sys.argv[1:])
 torch.randn(256, 256).square().sum()
 before = peak()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 model = oisd.TappedModel(oisd.load_model(config, empty_on="cpu")[0], config).train()
+oisd.shard(model, oisd.init_device_mesh("cpu", (1,)), config)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 batch = oisd.pack(plan.longest_batch(config), config)
 plan.micro_batch(model, batch), optimizer.step(), optimizer.zero_grad()
@@ -1530,7 +1548,7 @@ def planned(shape):
 def test_planned_memory_is_what_a_step_takes(shape, planned, changes):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
     command = [sys.executable, "-c", MEASURE, *plan_words(shape, **changes)]
-    measured = int(subprocess.run(command, env=env, capture_output=True).stdout)
+    measured = int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
     print(f"{changes}: planned {planned(**changes).training / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
     assert planned(**changes).training == pytest.approx(measured, rel=0.15)
 

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
@@ -33,8 +32,8 @@ CARDS = (24, 40, 80, 141)  # GB, as cards are named: 10^9 bytes
 RESERVE = 1.5e9  # bytes
 GB = 1e9
 PARTS = {  # the trackers' categories
-    "parameters": ("Sharded Param", "Parameter"),
-    "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter", "Gradient"),
+    "parameters": ("Sharded Param",),
+    "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter"),
     "gathered weights": ("Unsharded Param", "All Gather"),
 }
 
@@ -71,7 +70,7 @@ def longest_batch(config: Config) -> list[Rollout]:
     return [Rollout([0] * prompt, [0] * n, [0.0] * n, "length", advantage=1.0) for n in lengths]
 
 
-def fake_model(shell: TappedModel, mesh: DeviceMesh | None, config: Config) -> TappedModel:
+def fake_model(shell: TappedModel, mesh: DeviceMesh, config: Config) -> TappedModel:
     """Fill a shell with fake tensors, tied ones once, and shard it as a run would."""
     made: dict[int, nn.Parameter] = {}
     for module in shell.modules():
@@ -82,8 +81,7 @@ def fake_model(shell: TappedModel, mesh: DeviceMesh | None, config: Config) -> T
             module._parameters[name] = None if parameter is None else made[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-    if mesh is not None:
-        oisd.shard(shell, mesh, config)
+    oisd.shard(shell, mesh, config)
     return shell.train()
 
 
@@ -98,29 +96,22 @@ def plan(config: Config, gpus: int) -> Plan:
     config = dataclasses.replace(config, attention="planned")
     real = oisd.pack(longest_batch(config), config)
     shell = TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
-    mesh = None
-    if gpus > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-        mesh = init_device_mesh("cpu", (gpus,))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
+        mesh = init_device_mesh("cpu", (gpus,))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             tensors = {name: value for name, value in vars(real).items() if isinstance(value, torch.Tensor)}
             batch = dataclasses.replace(real, **{name: mode.from_tensor(value) for name, value in tensors.items()})
             model = fake_model(shell, mesh, config)
             with FlopCounterMode(display=False) as counter:  # apart: it keeps alive what it counted
                 micro_batch(model, batch)
-            tracker = MemTracker() if mesh is None else FSDPMemTracker(model)
-            if mesh is None:
-                tracker.track_external(model)
-            with tracker:
+            with (tracker := FSDPMemTracker(model)):
                 micro_batch(model, batch)  # with the gradients of the one before
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-        optimizer = 8 * sum(p.numel() for p, q in zip(local, model.parameters()) if q.requires_grad)
+        optimizer = 8 * sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
         logits = logits_bytes(config, model)
     finally:
-        if mesh is not None:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
     total = peak.pop("Total") + optimizer
     parts = {part: sum(int(peak.get(kind, 0)) for kind in kinds) for part, kinds in PARTS.items()}
     parts |= {"optimizer": optimizer, "logits chunk": logits}
