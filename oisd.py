@@ -527,8 +527,16 @@ def in_order(stream: Iterator[tuple[int, Rollout]]) -> list[Rollout]:
 class HfSampler:
     """Rollouts by Transformers' own `generate`, from the very weights that are trained. Slow for large models."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, end_ids: list[int], root: TappedModel | None = None):
+    def __init__(
+        self,
+        config: Config,
+        model: PreTrainedModel,
+        end_ids: list[int],
+        root: TappedModel | None = None,  # to generate within, where weights may be sharded
+        device: torch.device | None = None,  # of the computation; offloaded weights lie elsewhere
+    ):
         self.config, self.model, self.end_ids, self.root = config, model, end_ids, root
+        self.device = device or model.device
 
     def sync(self, model: PreTrainedModel) -> None:
         """Nothing to do: these are the weights."""
@@ -559,8 +567,8 @@ class HfSampler:
         self.model.eval()
         generate = partial(
             self.model.generate,
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
             logits_processor=LogitsProcessorList([sampling]),
             do_sample=False,
             max_new_tokens=self.config.max_response_tokens,
@@ -568,7 +576,7 @@ class HfSampler:
             pad_token_id=self.end_ids[0],
             synced_gpus=self.root is not None and world() > 1,
         )
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             output = generate() if self.root is None else self.root(task=generate)
         self.model.train(was_training)
         responses = output[:, longest:].tolist()
@@ -610,8 +618,6 @@ class VllmSampler:
             self.engine = LLM(**settings)
         except (RuntimeError, ValueError, OSError) as problem:  # too little memory, a model it does not know
             raise UserError(f"the vLLM engine does not start: {' '.join(str(problem).split())}") from problem
-
-        self.sleep()
 
     def sleep(self) -> None:
         """Give the GPU's memory to the trainer: level 2 drops weights and cache, and `sync` brings new weights."""
@@ -1402,7 +1408,8 @@ class Interruptions:
     def _handle(self, number: int, _frame) -> None:
         again, self.signal_number = self.signal_number, number
         if world() > 1 or (self.holding and not again):
-            say(f"{signal.Signals(number).name}: finishing this step first; once more to leave without it")
+            once_more = "; once more to leave without it" if world() == 1 else ""
+            say(f"{signal.Signals(number).name}: finishing this step first{once_more}")
         else:
             raise Interrupted(number)
 
@@ -1946,7 +1953,10 @@ def prepare_model(
     if world() > 1:
         dist.broadcast_object_list(facts)
     export_dtype, generation_config, end_ids = facts[0]
-    sampler = VllmSampler(config, end_ids, device) if config.sampler == "vllm" else None
+    sampler = None
+    if config.sampler == "vllm":
+        sampler = VllmSampler(config, end_ids, device)
+        sampler.sleep()
     if sharded:
         model = TappedModel(load_model(config, empty_on="meta")[0], config)
         mesh = init_device_mesh(device.type, (world(),))
@@ -1955,7 +1965,7 @@ def prepare_model(
     else:
         model = TappedModel(source, config).to(device)
     model.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k would bias
-    return model, sampler or HfSampler(config, model.model, end_ids, model), export_dtype, generation_config
+    return model, sampler or HfSampler(config, model.model, end_ids, model, device), export_dtype, generation_config
 
 
 def report_accuracy(run: Run) -> None:

@@ -1173,17 +1173,20 @@ def read_metrics(folder):
     return [{name: value for name, value in row.items() if name not in timings} for row in rows]
 
 
-def test_resumed_is_uninterrupted(toy, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
+def test_resumed_is_uninterrupted(toy, tmp_path, changes):
     """Two steps, stop, two more: the metrics and the weights, bit for bit, of four steps in one go."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert oisd.main(toy_arguments(toy, whole)) == 0
-    assert oisd.main(toy_arguments(toy, parted, num_steps=2)) == 0
-    assert oisd.main([*toy_arguments(toy, parted), "--resume"]) == 0
+    assert oisd.main(toy_arguments(toy, whole, **changes)) == 0
+    assert oisd.main(toy_arguments(toy, parted, num_steps=2, **changes)) == 0
+    assert oisd.main([*toy_arguments(toy, parted, **changes), "--resume"]) == 0
     assert len(read_metrics(whole)) == 4 and read_metrics(parted) == read_metrics(whole)
     weights = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in (whole, parted)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     start = AutoModelForCausalLM.from_pretrained(toy).state_dict()
-    assert not torch.equal(start["model.norm.weight"], weights[0]["model.norm.weight"])
+    changed = [name for name in start if not torch.equal(start[name], weights[0][name])]
+    linear = [name for name in start if ".layers." in name and start[name].ndim == 2]
+    assert changed == linear if changes else len(changed) == len(start)
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
 
