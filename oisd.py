@@ -1339,7 +1339,6 @@ def shard(model: TappedModel, mesh: DeviceMesh, config: Config, plugin: Any = No
 def fill(model: TappedModel, source: PreTrainedModel | None, device: torch.device) -> None:
     """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
     model.to_empty(device=device)
-    model.model.tie_weights()  # to_empty made two tensors of one
     weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()} if source is not None else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=device.type == "cpu")
     set_model_state_dict(model, weights, options=options)

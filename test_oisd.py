@@ -1577,6 +1577,9 @@ def test_adapters_need_less(planned):
     all_weights, adapters = planned(4), planned(4, lora_rank=8)
     assert all(adapters.parts[part] < all_weights.parts[part] / 10 for part in ("optimizer", "gradients"))
     assert all_weights.training - adapters.training > 0.9 * 12 / 4 * 20e6  # gradient and moments of a quarter of them
+    offloaded = planned(4, cpu_offload="true")
+    assert offloaded.host == pytest.approx(16 * 5.2e6, rel=0.02) and offloaded.resident == 0
+    assert offloaded.training == all_weights.training - offloaded.host
 
 
 def test_the_plan_says_what_to_turn(shape, planned, capsys, monkeypatch):

@@ -44,6 +44,7 @@ class Plan:
 
     parts: dict[str, int]  # at the peak; they sum to `training`
     training: int  # peak of a micro-batch and the optimizer's step
+    host: int  # in the host's memory, under cpu_offload
     resident: int  # what stays while vLLM works: parameters and optimizer
     vllm_least: int  # vLLM's weights and the cache of one longest sequence
     flops: float
@@ -112,6 +113,10 @@ def plan(config: Config, gpus: int) -> Plan:
         logits = logits_bytes(config, model)
     finally:
         dist.destroy_process_group()
+    host = 0
+    if config.cpu_offload:
+        moved = sum(int(peak.pop(kind)) for kind in ("Sharded Param", "Sharded Grad"))
+        host, optimizer, peak["Total"] = moved + optimizer, 0, peak["Total"] - moved
     total = peak.pop("Total") + optimizer
     parts = {part: sum(int(peak.get(kind, 0)) for kind in kinds) for part, kinds in PARTS.items()}
     parts |= {"optimizer": optimizer, "logits chunk": logits}
@@ -131,7 +136,7 @@ def plan(config: Config, gpus: int) -> Plan:
     flops += passes * 2 * shape.num_hidden_layers * shape.num_attention_heads * head_size * squares
     flops /= sum(real.lengths)
     resident = parts["parameters"] + optimizer
-    return Plan(parts, total, resident, sampler, flops * tokens, tokens, time.monotonic() - start)
+    return Plan(parts, total, host, resident, sampler, flops * tokens, tokens, time.monotonic() - start)
 
 
 def logits_bytes(config: Config, model: TappedModel) -> int:
@@ -194,6 +199,8 @@ def report(name: str, config: Config, words: str) -> str:
     lines = [f"{title}; GB (10^9 bytes) per GPU, planned, not measured"]
     lines += [f"  {part:18} {size / GB:7.2f}" for part, size in found.parts.items()]
     lines.append(f"  {'peak of training':18} {found.training / GB:7.2f}")
+    if found.host:
+        lines.append(f"  {'on the host':18} {found.host / GB:7.2f}")
     if config.sampler == "vllm":
         lines.append(f"  {'vLLM needs':18} {found.vllm_least / GB:7.2f}  asleep while the trainer works")
     lines.append(f"{found.flops:.3g} FLOPs a step, if all {found.tokens:,} tokens of full-length rollouts are drawn")
