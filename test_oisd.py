@@ -1506,26 +1506,6 @@ def test_two_ranks_with_an_engine_each(toy, tmp_path):
 # The plan
 # ---------------------------------------------------------------------------------------------------------------------
 
-MEASURE = """
-import json, resource, sys, torch, oisd
-import torch.distributed as dist
-from tools import plan
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-_, config = oisd.load_config(sys.argv[1:])
-torch.randn(256, 256).square().sum()
-before = peak()
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-model = oisd.TappedModel(oisd.load_model(config, empty_on="cpu")[0], config).train()
-oisd.shard(model, oisd.init_device_mesh("cpu", (1,)), config)
-optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-batch = oisd.pack(plan.longest_batch(config), config)
-plan.micro_batch(model, batch), optimizer.step(), optimizer.zero_grad()
-plan.micro_batch(model, batch), plan.micro_batch(model, batch)
-print(peak() - before)
-"""
-
-
 @pytest.fixture(scope="session")
 def shape(tmp_path_factory):
     """The config of a model of 21 M parameters, without weights."""
@@ -1550,8 +1530,9 @@ def planned(shape):
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "true"}], ids=["plain", "checkpointed"])
 def test_planned_memory_is_what_a_step_takes(shape, planned, changes):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
-    command = [sys.executable, "-c", MEASURE, *plan_words(shape, **changes)]
-    measured = int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+    command = [sys.executable, ROOT / "tools" / "bench.py", "memory", "--side", "measured"]
+    command += plan_words(shape, **changes)
+    measured = int(subprocess.run(command, env=env, capture_output=True, check=True).stdout.split()[1])
     print(f"{changes}: planned {planned(**changes).training / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
     assert planned(**changes).training == pytest.approx(measured, rel=0.15)
 

@@ -5,6 +5,7 @@
     python tools/bench.py grader                                 8,000 responses to MATH500
     python tools/bench.py grader --data math500=FILE             with a local copy
     python tools/bench.py packing                                packed rows against padded ones, a small Qwen3
+    python tools/bench.py memory --config configs.toml:smollm2_135m --max_tokens_per_gpu 512      one rank against two
 
 `lens`: the lens pass against plain autograd on whole logits, forward and backward. Each side runs in a process of its
 own, so that one's peak cannot hide behind the other's; the peak is the resident set above what inputs and imports take.
@@ -17,6 +18,9 @@ another problem's, 5 % without a box, 5 % cut off.
 `packing`: 16 rollouts, the longest of 256 tokens, all of them or on average 60 or 30 % of that; forward and backward of
 all three losses on the packed row, against the same decoder on the rows padded to the longest (without the loss of
 attention, in its favour).
+
+`memory`: what each process of one and of two holds at its peak, beyond what imports take, in a step of the config's
+model without its weights' values, sharded, on CPU; beside it what `--plan` says.
 """
 
 import argparse
@@ -157,18 +161,66 @@ def bench_packing(options):
         print(f"{line}   padded {seconds[1]:6.2f} s   ratio {seconds[1] / seconds[0]:.2f}", flush=True)
 
 
+def measure_memory(words):
+    """One rank's part; the group comes from torchrun, or is one."""
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    import oisd
+    from tools import plan
+
+    _, config = oisd.load_config(words)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **alone)
+    torch.randn(256, 256).square().sum()  # what the first work takes for good
+    before = peak_bytes()
+    model = oisd.TappedModel(oisd.load_model(config, empty_on="meta")[0], config).train()
+    oisd.shard(model, oisd.init_device_mesh("cpu", (oisd.world(),)), config)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    batch = oisd.pack(plan.longest_batch(config), config)
+    plan.micro_batch(model, batch), optimizer.step(), optimizer.zero_grad()
+    plan.micro_batch(model, batch), plan.micro_batch(model, batch)  # with the optimizer's state; with gradients
+    print(f"measured {peak_bytes() - before}", flush=True)
+    dist.destroy_process_group()
+
+
+def bench_memory(options):
+    import os
+
+    import oisd
+    from tools import plan
+
+    if options.side:
+        return measure_memory(options.words)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # freed memory goes back at once
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *launcher, __file__, "memory", "--side", "measured", *options.words]
+        shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+        measured = [f"{int(line.split()[1]) / 1e9:.2f}" for line in shown.splitlines() if line.startswith("measured")]
+        planned = plan.plan(oisd.load_config(options.words)[1], ranks).training / 1e9
+        print(f"{ranks} rank(s): measured {' and '.join(measured)} GB, planned {planned:.2f} GB each", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lens", "grader", "packing"])
+    parser.add_argument("what", choices=["lens", "grader", "packing", "memory"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--data", default="math500", help="a benchmark of evaluate.py, or NAME=FILE")
     parser.add_argument("--copies", type=int, default=16, help="responses to each problem")
-    parser.add_argument("--side", choices=["dense", "chunked"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    {"lens": bench_lens, "grader": bench_grader, "packing": bench_packing}[options.what](options)
+    parser.add_argument("--side", choices=["dense", "chunked", "measured"], help=argparse.SUPPRESS)
+    options, options.words = parser.parse_known_args()
+    if options.words and options.what != "memory":
+        parser.error(f"unknown: {' '.join(options.words)}")
+    globals()[f"bench_{options.what}"](options)
 
 
 if __name__ == "__main__":
