@@ -1305,7 +1305,9 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """The process group and this process's device; an Accelerate config with FSDP2 is respected. Raises: UserError."""
     processes, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     if processes % config.tensor_parallel:
-        raise UserError(f"tensor_parallel = {config.tensor_parallel} does not divide the {processes} processes")
+        raise UserError(
+            f"tensor_parallel = {config.tensor_parallel}, but there are {processes} processes; launch a multiple of it"
+        )
     # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
     group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=GROUP_TIMEOUT)
     accelerator = Accelerator(
@@ -1322,17 +1324,18 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     return accelerator
 
 
-def shard(model: TappedModel, mesh: DeviceMesh, config: Config, plugin: Any = None) -> None:
+def shard(model: TappedModel, mesh: DeviceMesh, config: Config, offload: bool = False, reshard: bool = True) -> None:
     """FSDP2, in place: each decoder layer is a unit; embeddings, final norm and head are the root's.
 
-    Parameters, gradients and their reductions are float32, the computation is in `dtype`. `plugin` is Accelerate's.
+    Parameters, gradients and their reductions are float32, the computation is in `dtype`. `offload`: all but what is
+    being computed lies in the host's memory. `reshard`: a layer's weights are gathered again for its backward pass.
     """
     compute = torch.bfloat16 if config.dtype == "bfloat16" else None
     policy = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
-    if mesh.device_type == "cuda" and (config.cpu_offload or (plugin and plugin.cpu_offload)):
+    if offload:
         policy["offload_policy"] = CPUOffloadPolicy()
     for layer in model.layers:
-        fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward if plugin else True, **policy)
+        fully_shard(layer, reshard_after_forward=reshard, **policy)
     fully_shard(model, **policy)
 
 
@@ -1827,8 +1830,10 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory that this process has held so far: of its GPU in PyTorch's hands (vLLM's cache is not), else all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss would start at the size of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def train_step(run: Run) -> dict[str, Any]:
@@ -1891,6 +1896,8 @@ def prepare(name: str, config: Config) -> Run:
         raise UserError(f"tracker = {config.tracker!r}, but it is not installed; pip install {config.tracker}")
     if config.lora_rank and find_spec("peft") is None:
         raise UserError(f"lora_rank = {config.lora_rank}, but peft is not installed; pip install peft")
+    if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError("attention = 'flash_attention_2', but flash-attn is not installed; install it or use sdpa")
     folder = run_folder(name, config)
     if config.resume:
         hold_to_config(name, config, folder)
@@ -1944,7 +1951,9 @@ def prepare_model(
 ) -> tuple[TappedModel, HfSampler | VllmSampler, torch.dtype, GenerationConfig]:
     """Load, look, start the engine while the device is empty, then shard. -> also export dtype, generation config."""
     device, sharded = accelerator.device, dist.is_initialized()
-    source, export_dtype = load_model(config) if rank() == 0 or not sharded else (None, None)
+    # A source only gives its weights and is looked at on the CPU, where FlashAttention does not run.
+    plain = dataclasses.replace(config, attention="sdpa") if sharded else config
+    source, export_dtype = load_model(plain) if rank() == 0 else (None, None)
     facts = [None]
     if source is not None:
         verify_lens(TappedModel(source, config))
@@ -1958,9 +1967,11 @@ def prepare_model(
         sampler.sleep()
     if sharded:
         model = TappedModel(load_model(config, empty_on="meta")[0], config)
-        mesh = init_device_mesh(device.type, (world(),))
-        shard(model, mesh, config, getattr(accelerator.state, "fsdp_plugin", None))
-        fill(model, source, torch.device("cpu") if config.cpu_offload else device)
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)  # of the user's Accelerate file
+        offload = device.type == "cuda" and bool(config.cpu_offload or (plugin and plugin.cpu_offload))
+        reshard = bool(plugin.reshard_after_forward) if plugin else True
+        shard(model, init_device_mesh(device.type, (world(),)), config, offload, reshard)
+        fill(model, source, torch.device("cpu") if offload else device)
     else:
         model = TappedModel(source, config).to(device)
     model.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k would bias
@@ -2071,7 +2082,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = leave(run, name)
     finally:
         run.grader.close()
-    if not code or world() == 1:
+    if code != 1 or world() == 1:  # after an error the other ranks are who knows where
         run.sampler.close()
         run.accelerator.end_training()
     return code

@@ -718,6 +718,8 @@ BAD_INPUTS = [
     (["--train_data", "nowhere.jsonl"], "no such file"),
     (["--answer_field", "anser"], "did you mean 'answer'"),
     (["--max_prompt_tokens", "2", "--max_tokens_per_gpu", "500"], "at most max_prompt_tokens = 2"),
+    (["--tensor_parallel", "2"], "launch a multiple of it"),
+    (["--lora_rank", "-1"], "0 or more"),
 ]
 
 
@@ -729,6 +731,17 @@ def test_bad_input_gets_one_line(arguments, message, toy, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert error.startswith("oisd: error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_named_first(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(oisd, "find_spec", lambda name: None)
+    for words, message in (
+        (["--attention", "flash_attention_2", "--dtype", "bfloat16"], "flash-attn is not installed"),
+        (["--lora_rank", "4"], "peft is not installed"),
+        (["--tracker", "wandb"], "pip install wandb"),
+    ):
+        assert oisd.main([*toy_arguments(toy, tmp_path / "run"), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_bad_tables_get_one_line(tmp_path):

@@ -26,7 +26,6 @@ model without its weights' values, sharded, on CPU; beside it what `--plan` says
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -34,10 +33,6 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-
-def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def side(name, tokens, hidden, vocabulary, chunk):
@@ -56,14 +51,14 @@ def side(name, tokens, hidden, vocabulary, chunk):
         think = oisd.think_loss_sum(js, advantages[rows], config.advantage_clip)
         return oisd.policy_loss_sum(logprobs, old[rows], advantages[rows], config) + config.think_weight * think
 
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = oisd.peak_bytes(torch.device("cpu")), time.perf_counter()
     if name == "dense":
         logprobs, js, *_ = oisd.dense_token_stats(final, student, head, targets, config)
         loss = token_loss(slice(None), logprobs, js)
     else:
         loss, *_ = oisd.LensPass.apply(final, student, head, targets, token_loss, config)
     loss.backward()
-    seconds, peak = time.perf_counter() - start, peak_bytes() - before
+    seconds, peak = time.perf_counter() - start, oisd.peak_bytes(torch.device("cpu")) - before
     print(
         json.dumps({"loss": loss.item(), "gradient": head.grad.norm().item(), "seconds": seconds, "gib": peak / 2**30})
     )
@@ -175,7 +170,7 @@ def measure_memory(words):
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     torch.randn(256, 256).square().sum()  # what the first work takes for good
-    before = peak_bytes()
+    before = oisd.peak_bytes(torch.device("cpu"))
     model = oisd.TappedModel(oisd.load_model(config, empty_on="meta")[0], config).train()
     oisd.shard(model, oisd.init_device_mesh("cpu", (oisd.world(),)), config)
     model.to_empty(device="cpu")
@@ -185,7 +180,7 @@ def measure_memory(words):
     batch = oisd.pack(plan.longest_batch(config), config)
     plan.micro_batch(model, batch), optimizer.step(), optimizer.zero_grad()
     plan.micro_batch(model, batch), plan.micro_batch(model, batch)  # with the optimizer's state; with gradients
-    print(f"measured {peak_bytes() - before}", flush=True)
+    print(f"measured {oisd.peak_bytes(torch.device('cpu')) - before}", flush=True)
     dist.destroy_process_group()
 
 
