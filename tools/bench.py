@@ -11,7 +11,7 @@
 own, so that one's peak cannot hide behind the other's; the peak is the resident set above what inputs and imports take.
 Both compute the same loss: clipped policy loss + JS between two layers.
 
-`grader`: `tools/grader.py` with two workers, their start included, against math-verify called one by one in this
+`grader`: `grader.py` with two workers, their start included, against math-verify called one by one in this
 process on whole responses. The responses are made: 16 to each problem, half with its gold in the box, 40 % with
 another problem's, 5 % without a box, 5 % cut off.
 
@@ -20,17 +20,19 @@ all three losses on the packed row, against the same decoder on the rows padded 
 attention, in its favour).
 
 `memory`: what each process of one and of two holds at its peak, beyond what imports take, in a step of the config's
-model without its weights' values, sharded, on CPU; beside it what `--plan` says.
+model without its weights' values, sharded, on CPU; beside it what `tools/plan.py` says.
 """
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,6 +41,7 @@ def side(name, tokens, hidden, vocabulary, chunk):
     import torch
 
     import oisd
+    import plumbing
 
     config = replace(oisd.Config(), lens_chunk_tokens=chunk)
     torch.manual_seed(0)
@@ -47,18 +50,16 @@ def side(name, tokens, hidden, vocabulary, chunk):
     targets, advantages = torch.randint(vocabulary, (tokens,)), torch.randn(tokens)
     old = torch.full((tokens,), -10.0)
 
-    def token_loss(rows, logprobs, js):
-        think = oisd.think_loss_sum(js, advantages[rows], config.advantage_clip)
-        return oisd.policy_loss_sum(logprobs, old[rows], advantages[rows], config) + config.think_weight * think
-
-    before, start = oisd.peak_bytes(torch.device("cpu")), time.perf_counter()
+    batch = SimpleNamespace(target_ids=targets, advantages=advantages, old_logprobs=old, sampler_logprobs=old)
+    before, start = plumbing.peak_bytes(torch.device("cpu")), time.perf_counter()
     if name == "dense":
         logprobs, js, *_ = oisd.dense_token_stats(final, student, head, targets, config)
-        loss = token_loss(slice(None), logprobs, js)
+        policy, think = oisd.token_losses(logprobs, js, batch, slice(None), config)
+        loss = policy + config.think_weight * think
     else:
-        loss, *_ = oisd.LensPass.apply(final, student, head, targets, token_loss, config)
+        loss, *_ = oisd.LensPass.apply(final, student, None, head, batch, config)
     loss.backward()
-    seconds, peak = time.perf_counter() - start, oisd.peak_bytes(torch.device("cpu")) - before
+    seconds, peak = time.perf_counter() - start, plumbing.peak_bytes(torch.device("cpu")) - before
     print(
         json.dumps({"loss": loss.item(), "gradient": head.grad.norm().item(), "seconds": seconds, "gib": peak / 2**30})
     )
@@ -93,12 +94,13 @@ def bench_grader(options):
     from math_verify import parse, verify
 
     import evaluate
+    import inputs
     import oisd
-    from tools.grader import Grader
+    from grader import Grader
 
-    (benchmark,) = evaluate.find_benchmarks(options.data, oisd.Config())
-    source = evaluate.fetch(benchmark)
-    golds = [str(oisd.column(row, benchmark.answer_field, source)) for row in oisd.read_dataset(source)]
+    (benchmark,) = evaluate.find_benchmarks(options.data, oisd.Config()).values()
+    rows = inputs.read_dataset(benchmark.source)
+    golds = [str(inputs.column(row, benchmark.answer_field, benchmark.source)) for row in rows]
     responses, answers = made_responses(golds, options.copies)
     start = time.perf_counter()
     with Grader(workers=2) as grader:
@@ -132,14 +134,15 @@ def bench_packing(options):
 
         def packed(rollouts=rollouts):
             sums = tapped(oisd.pack(rollouts, tapped.config))
-            (sums["token_loss_sum"] + sums["step_loss_sum"]).backward()
+            (sums["token_loss"] + sums["step_loss"]).backward()
 
         def padded(ids=ids, mask=mask):
             hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             final = hidden[mask]  # losses on real tokens only: what is compared is the decoder
-            loss = lambda rows, logprobs, js: (logprobs + js).sum()  # noqa: E731
-            targets = torch.zeros(len(final), dtype=torch.long)
-            oisd.LensPass.apply(final, final, tapped.head, targets, loss, tapped.config)[0].backward()
+            numbers = torch.zeros(len(final))
+            batch = SimpleNamespace(target_ids=numbers.long(), advantages=numbers + 1, old_logprobs=numbers - 9)
+            batch.sampler_logprobs = batch.old_logprobs
+            oisd.LensPass.apply(final, final, None, tapped.head, batch, tapped.config)[0].backward()
 
         seconds = []
         for work in (packed, padded):
@@ -158,21 +161,21 @@ def bench_packing(options):
 
 def measure_memory(words):
     """One rank's part; the group comes from torchrun, or is one."""
-    import os
-
     import torch
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
     import oisd
+    import plumbing
     from tools import plan
 
     _, config = oisd.load_config(words)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     torch.randn(256, 256).square().sum()  # what the first work takes for good
-    before = oisd.peak_bytes(torch.device("cpu"))
+    before = plumbing.peak_bytes(torch.device("cpu"))
     model = oisd.TappedModel(oisd.load_model(config, empty_on="meta")[0], config).train()
-    oisd.shard(model, oisd.init_device_mesh("cpu", (oisd.world(),)), config)
+    oisd.shard(model, init_device_mesh("cpu", (plumbing.world(),)), config)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(0.01)
@@ -180,26 +183,29 @@ def measure_memory(words):
     batch = oisd.pack(plan.longest_batch(config), config)
     plan.micro_batch(model, batch), optimizer.step(), optimizer.zero_grad()
     plan.micro_batch(model, batch), plan.micro_batch(model, batch)  # with the optimizer's state; with gradients
-    print(f"measured {oisd.peak_bytes(torch.device('cpu')) - before}", flush=True)
+    print(f"measured {plumbing.peak_bytes(torch.device('cpu')) - before}", flush=True)
     dist.destroy_process_group()
 
 
-def bench_memory(options):
-    import os
+def measured(words, ranks):
+    """-> bytes at the peak of each rank, for a config as `oisd.py` takes it from the command line."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # freed memory goes back at once
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, __file__, "memory", "--side", "measured", *words]
+    shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    return [int(line.split()[1]) for line in shown.splitlines() if line.startswith("measured")]
 
+
+def bench_memory(options):
     import oisd
     from tools import plan
 
     if options.side:
         return measure_memory(options.words)
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # freed memory goes back at once
     for ranks in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launcher, __file__, "memory", "--side", "measured", *options.words]
-        shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-        measured = [f"{int(line.split()[1]) / 1e9:.2f}" for line in shown.splitlines() if line.startswith("measured")]
+        sizes = " and ".join(f"{size / 1e9:.2f}" for size in measured(options.words, ranks))
         planned = plan.plan(oisd.load_config(options.words)[1], ranks).training / 1e9
-        print(f"{ranks} rank(s): measured {' and '.join(measured)} GB, planned {planned:.2f} GB each", flush=True)
+        print(f"{ranks} rank(s): measured {sizes} GB, planned {planned:.2f} GB each", flush=True)
 
 
 def main():

@@ -1,18 +1,26 @@
-"""`python oisd.py --config FILE:TABLE --plan 4`, or `--plan 2x8`: memory and work of a step before GPUs are rented.
+"""Memory and work of a step, before GPUs are rented.
+
+    python tools/plan.py --config configs.toml:qwen3_4b --gpus 4          one machine
+    python tools/plan.py --config configs.toml:qwen3_8b --gpus 2x8        machines x GPUs of each; any field may follow
 
 Two micro-batches run through the program's own model, sharding, packing and losses, forward and backward, on PyTorch's
 fake tensors: all shapes, no numbers, no weights, no GPU. PyTorch's counters count the first one's FLOPs and what is
 alive in the second, which finds the gradients of the first. A micro-batch is the largest that the config allows:
 `max_tokens_per_gpu` tokens, nearly all of them responses. Arithmetic adds AdamW's two float32 moments (the trackers
-also count the global shapes by which DTensor plans an optimizer's step), vLLM's share, and RESERVE for the CUDA
-context, NCCL and fragmentation.
+also count the global shapes by which DTensor plans an optimizer's step), vLLM's share with what it takes beyond weights
+and cache (VLLM_WORKS, and VLLM_SLEEPS while it sleeps), and RESERVE for the CUDA context, NCCL and fragmentation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,12 +32,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import inputs
 import oisd
-from oisd import Config, Rollout, TappedModel, UserError
+from oisd import Config, Rollout, TappedModel
+from settings import UserError, first_line
 
 CARDS = (24, 40, 80, 141)  # GB, as cards are named: 10^9 bytes
 RESERVE = 1.5e9  # bytes
+VLLM_WORKS = 2e9  # activations of its profiling batch and CUDA graphs: users report 1.5 to 2 GB
+VLLM_SLEEPS = 1.5e9  # what a sleeping engine keeps: 1 to 1.5 GB (vllm#28714)
 GB = 1e9
 PARTS = {  # the trackers' categories
     "parameters": ("Sharded Param",),
@@ -60,7 +74,17 @@ def planned_attention(module, query, key, value, mask, scaling=None, **_):
 
 
 AttentionInterface.register("planned", planned_attention)
-AttentionInterface.register("planned", oisd._tapped_attention("planned"))
+
+
+@contextlib.contextmanager
+def planned_kernel() -> Iterator[None]:
+    """Within, `sdpa` is `planned_attention`, packed and tapped like any kernel."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", oisd._tapped_attention("planned"))
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", before)
 
 
 def longest_batch(config: Config) -> list[Rollout]:
@@ -88,19 +112,20 @@ def fake_model(shell: TappedModel, mesh: DeviceMesh, config: Config) -> TappedMo
 
 def micro_batch(model: TappedModel, batch: oisd.PackedBatch) -> None:
     sums = model(batch)
-    (sums.pop("token_loss_sum") + sums.pop("step_loss_sum")).backward()
+    (sums.pop("token_loss") + sums.pop("step_loss")).backward()
 
 
 def plan(config: Config, gpus: int) -> Plan:
     """Raises: UserError if the model's config cannot be read."""
     start = time.monotonic()
-    config = dataclasses.replace(config, attention="planned")
+    config = dataclasses.replace(config, attention="sdpa")
+    inputs.read_model_config(config)
     real = oisd.pack(longest_batch(config), config)
     shell = TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         mesh = init_device_mesh("cpu", (gpus,))
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with planned_kernel(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             tensors = {name: value for name, value in vars(real).items() if isinstance(value, torch.Tensor)}
             batch = dataclasses.replace(real, **{name: mode.from_tensor(value) for name, value in tensors.items()})
             model = fake_model(shell, mesh, config)
@@ -111,6 +136,8 @@ def plan(config: Config, gpus: int) -> Plan:
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
         optimizer = 8 * sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
         logits = logits_bytes(config, model)
+    except RuntimeError as problem:  # of a kernel whose form without numbers knows less: experts' products in float32
+        raise UserError(f"{config.model} cannot be traced in {config.dtype}: {first_line(problem)}") from None
     finally:
         dist.destroy_process_group()
     host = 0
@@ -121,22 +148,39 @@ def plan(config: Config, gpus: int) -> Plan:
     parts = {part: sum(int(peak.get(kind, 0)) for kind in kinds) for part, kinds in PARTS.items()}
     parts |= {"optimizer": optimizer, "logits chunk": logits}
     parts["activations, rest"] = total - sum(parts.values())
-    shape = model.model.config
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     longest = config.max_prompt_tokens + config.max_response_tokens
-    cache = 2 * 2 * longest * shape.num_hidden_layers * shape.num_key_value_heads * head_size  # K and V, bfloat16
-    weights = 2 * sum(parameter.numel() for parameter in model.model.parameters())
-    sampler = (weights + cache) // config.tensor_parallel if config.sampler == "vllm" else 0
     tokens = config.prompts_per_step * config.group_size * longest
-    # Scoring before the update is one more forward pass, of four with checkpointing, of three without. The counter does
-    # not know this attention: 2 H d T^2 of a causal pass forward, 2.5 times that backward.
-    flops = counter.get_total_flops() * (5 / 4 if config.gradient_checkpointing else 4 / 3)
+    flops = step_flops(counter.get_total_flops(), real.lengths, config, model) / sum(real.lengths) * tokens
+    resident, vllm_least = parts["parameters"] + optimizer, vllm_bytes(longest, config, model)
+    return Plan(parts, total, host, resident, vllm_least, flops, tokens, time.monotonic() - start)
+
+
+def attention_shape(model: TappedModel) -> tuple[int, int, int, int]:
+    """Layers, query heads, key heads, head size."""
+    shape = model.model.config
+    heads = shape.num_attention_heads
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    return shape.num_hidden_layers, heads, shape.num_key_value_heads, head_size
+
+
+def vllm_bytes(longest: int, config: Config, model: TappedModel) -> int:
+    """Of a GPU, for vLLM's weights and the keys and values of one sequence of `longest` tokens, in bfloat16."""
+    layers, _, key_heads, head_size = attention_shape(model)
+    cache = 2 * 2 * longest * layers * key_heads * head_size
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    return int((weights + cache) / config.tensor_parallel + VLLM_WORKS) if config.sampler == "vllm" else 0
+
+
+def step_flops(counted: int, lengths: list[int], config: Config, model: TappedModel) -> float:
+    """Of scoring and training a micro-batch, from what the counter saw in training it, attention not among it.
+
+    Scoring is one more forward pass, of four with checkpointing, of three without. A causal pass of attention takes
+    2 H d T^2 forward, 2.5 times that backward.
+    """
+    layers, heads, _, head_size = attention_shape(model)
     passes = 2 + config.gradient_checkpointing + 2.5
-    squares = sum(length**2 for length in real.lengths)
-    flops += passes * 2 * shape.num_hidden_layers * shape.num_attention_heads * head_size * squares
-    flops /= sum(real.lengths)
-    resident = parts["parameters"] + optimizer
-    return Plan(parts, total, host, resident, sampler, flops * tokens, tokens, time.monotonic() - start)
+    attention = passes * 2 * layers * heads * head_size * sum(length**2 for length in lengths)
+    return counted * (5 / 4 if config.gradient_checkpointing else 4 / 3) + attention
 
 
 def logits_bytes(config: Config, model: TappedModel) -> int:
@@ -144,10 +188,11 @@ def logits_bytes(config: Config, model: TappedModel) -> int:
     n, (V, D) = config.lens_chunk_tokens, model.model.get_output_embeddings().weight.shape
     dtype = getattr(torch, config.dtype)
     with FakeTensorMode():
-        hidden, head = [torch.empty(n, D, dtype=dtype) for _ in range(2)], torch.empty(V, D, dtype=dtype)
-        targets = torch.zeros(n, dtype=torch.long)
+        hidden, head, numbers = torch.empty(n, D, dtype=dtype), torch.empty(V, D, dtype=dtype), torch.zeros(n)
+        batch = SimpleNamespace(target_ids=numbers.long(), advantages=numbers, old_logprobs=numbers)
+        batch.sampler_logprobs = numbers
         with (tracker := MemTracker()):
-            oisd.lens_chunk(*hidden, head, targets, lambda logprobs, js: (logprobs + js).sum(), config)
+            oisd.lens_chunk(hidden, hidden, None, head, batch, slice(0, n), config)
         return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
@@ -157,8 +202,9 @@ def verdicts(found: Plan, config: Config) -> dict[int, str]:
     for card in CARDS:
         room = card * GB - RESERVE
         share = config.vllm_memory * card * GB if config.sampler == "vllm" else 0
-        if found.training > room:
-            answers[card] = f"no, training takes {found.training / GB:.1f} GB: {mend(found, config, room)}"
+        beside = VLLM_SLEEPS if share else 0
+        if found.training + beside > room:
+            answers[card] = f"no, training takes {found.training / GB:.1f} GB: {fix(found, config, room - beside)}"
         elif found.resident + share > room:
             most = (room - found.resident) / (card * GB)
             most = f"vllm_memory at most {most:.2f}" if share and most > 0.02 else "more GPUs, or cpu_offload"
@@ -171,7 +217,7 @@ def verdicts(found: Plan, config: Config) -> dict[int, str]:
     return answers
 
 
-def mend(found: Plan, config: Config, room: float) -> str:
+def fix(found: Plan, config: Config, room: float) -> str:
     """The field whose part is too large."""
     if found.parts["parameters"] + found.parts["gradients"] + found.parts["optimizer"] > 0.9 * room:
         return "more GPUs, lora_rank, or cpu_offload"
@@ -186,14 +232,29 @@ def parse_gpus(words: str) -> int:
     """`4` or `2x8` -> processes. Raises: UserError."""
     machines, cross, gpus = words.partition("x")
     if not (machines.isdecimal() and (gpus.isdecimal() or not cross) and int(machines) * int(gpus or 1) > 0):
-        raise UserError(f"--plan {words}: name the GPUs, like 4, or machines and GPUs of each, like 2x8")
+        raise UserError(f"--gpus {words}: name the GPUs, like 4, or machines and GPUs of each, like 2x8")
     return int(machines) * int(gpus or 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`--gpus` and the trainer's own words."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if "--gpus" not in words[:-1]:
+            raise UserError("--gpus is missing: how many, like 4, or machines and GPUs of each, like 2x8")
+        at = words.index("--gpus")
+        gpus = words[at + 1]
+        del words[at : at + 2]
+        print(report(*oisd.load_config(words), gpus))
+    except UserError as problem:
+        print(f"plan: error: {problem}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def report(name: str, config: Config, words: str) -> str:
     gpus = parse_gpus(words)
-    if gpus % config.tensor_parallel:
-        raise UserError(f"tensor_parallel = {config.tensor_parallel} does not divide the {gpus} GPUs of --plan {words}")
+    oisd.check_engines(config, gpus)
     found = plan(config, gpus)
     title = f"{name}: {config.model}, {config.dtype}, GPUs: {words}"
     lines = [f"{title}; GB (10^9 bytes) per GPU, planned, not measured"]
@@ -206,3 +267,7 @@ def report(name: str, config: Config, words: str) -> str:
     lines.append(f"{found.flops:.3g} FLOPs a step, if all {found.tokens:,} tokens of full-length rollouts are drawn")
     lines += [f"  {card:3} GB card: {answer}" for card, answer in verdicts(found, config).items()]
     return "\n".join([*lines, f"planned in {found.seconds:.0f} s"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

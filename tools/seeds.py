@@ -55,11 +55,11 @@ def main(count):
     draw(results)
     for method, runs in results.items():
         for when, index in (("before", 0), ("after", -1)):
-            scores = [100 * scores[index]["avg"]["value"] for _, scores in runs]
+            scores = [100 * scores[index]["accuracy"] for _, scores in runs]
             each = ", ".join(f"{score:.1f}" for score in scores)
             print(f"{method} {when}: {statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f} % ({each})")
         print(f"{method} seconds a step: {statistics.mean(r['seconds'] for metrics, _ in runs for r in metrics):.2f}")
-    after = {method: [100 * scores[-1]["avg"]["value"] for _, scores in runs] for method, runs in results.items()}
+    after = {method: [100 * scores[-1]["accuracy"] for _, scores in runs] for method, runs in results.items()}
     pairs = [oisd - grpo for oisd, grpo in zip(after["OISD"], after["GRPO"])]
     print(f"OISD - GRPO after, paired by seed: {statistics.mean(pairs):+.1f} ± {statistics.stdev(pairs):.1f} points")
 

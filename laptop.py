@@ -1,6 +1,6 @@
-"""The laptop's model and task: a small Qwen3 that can add but is careless, and the sums to train it on.
+"""All that only the laptop default needs: its model and its sums, a sampler without vLLM, and the picture of a run.
 
-`python tiny.py` makes `tiny_model/` in about a minute on two cores: an ordinary Hugging Face folder
+`python laptop.py` makes `tiny_model/` in about a minute on two cores: an ordinary Hugging Face folder
 (Qwen3ForCausalLM, float32, own tokenizer, chat template) with `train.jsonl` and `test.jsonl` beside the weights.
 Nothing is downloaded, and the rest of the project treats it like any other model and data set.
 
@@ -22,12 +22,23 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from tqdm import trange
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 FOLDER = Path("tiny_model")
 SEED = 0
@@ -215,6 +226,110 @@ def make(folder=FOLDER):
         shutil.rmtree(folder)
     work.rename(folder)
     return folder
+
+
+# ----------------------------------------------------- Rollouts without vLLM ----------------------------------------
+
+
+class SeededSampling(LogitsProcessor):
+    """Draws each sequence's next token with that sequence's own generator, and records its log-prob.
+
+    Gumbel-max: argmax(log p - log E), with E ~ Exp(1), is a sample from p. So greedy decoding of what this returns
+    samples, one sequence's draws depend on its seed alone, and the logits of past steps need not be kept.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, end_ids: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature, self.end_ids = temperature, set(end_ids)
+        self.logprobs: list[list[float]] = [[] for _ in seeds]
+        self.finished = [False] * len(seeds)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)  # (b, V)
+        noise = torch.ones(scores.shape)
+        for index, generator in enumerate(self.generators):
+            if not self.finished[index]:
+                noise[index].exponential_(generator=generator)
+        perturbed = logprobs - noise.to(logprobs.device).log()
+        tokens = perturbed.argmax(dim=-1, keepdim=True)
+        for index, (token, logprob) in enumerate(zip(tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist())):
+            if not self.finished[index]:
+                self.logprobs[index].append(logprob)
+                self.finished[index] = token in self.end_ids
+        return perturbed
+
+
+class HfSampler:
+    """Rollouts by Transformers' own `generate`, from the very weights that are trained. Slow for large models.
+
+    `root`: the module to generate within, where weights are sharded: they are whole only there. `device`: of the
+    computation; offloaded weights lie elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        end_ids: list[int],
+        temperature: float,
+        max_response_tokens: int,
+        batch: int,
+        bfloat16: bool,
+        device: torch.device,
+        root: Callable | None = None,
+    ):
+        self.model, self.end_ids, self.temperature = model, end_ids, temperature
+        self.max_response_tokens, self.batch, self.bfloat16 = max_response_tokens, batch, bfloat16
+        self.device, self.root = device, root
+        self.ranks = dist.get_world_size() if root is not None and dist.is_initialized() else 1
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Nothing to do: these are the weights."""
+
+    def sleep(self) -> None:
+        """Nothing to do: it has no memory of its own."""
+
+    close = sleep
+
+    def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, list[int], list[float], str]]:
+        """A response per prompt and seed, batch by batch: its index, token ids, their log-probs, finish reason."""
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding per batch
+        batches = [by_length[start : start + self.batch] for start in range(0, len(prompts), self.batch)]
+        if self.ranks > 1:  # weights are gathered layer by layer from all ranks, so all take part to the end
+            most = torch.tensor(len(batches), device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            batches += [[]] * (int(most) - len(batches))
+        for indices in batches:
+            batch = [(prompts[i], seeds[i]) for i in indices] or [([self.end_ids[0]], 0)]
+            yield from ((i, *sample) for i, sample in zip(indices, self._generate(*map(list, zip(*batch)))))
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], list[float], str]]:
+        longest = max(map(len, prompts))
+        input_ids = torch.tensor([[self.end_ids[0]] * (longest - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+        sampling = SeededSampling(seeds, self.temperature, self.end_ids)
+
+        def generate() -> Tensor:
+            return self.model.generate(
+                input_ids=input_ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                logits_processor=LogitsProcessorList([sampling]),
+                do_sample=False,
+                max_new_tokens=self.max_response_tokens,
+                eos_token_id=self.end_ids,
+                pad_token_id=self.end_ids[0],
+                synced_gpus=self.ranks > 1,
+            )
+
+        was_training = self.model.training
+        self.model.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            output = generate() if self.root is None else self.root(task=generate)
+        self.model.train(was_training)
+        return [
+            (response[: len(logprobs)], logprobs, "stop" if finished else "length")
+            for response, logprobs, finished in zip(output[:, longest:].tolist(), sampling.logprobs, sampling.finished)
+        ]
 
 
 def main():

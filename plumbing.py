@@ -1,0 +1,390 @@
+"""The plumbing of a run: processes, signals, its folder, checkpoints, log and picture.
+
+Nothing here knows the method. Every function takes the run of `oisd.py`, or a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as sharded_state
+from tqdm import tqdm
+
+from settings import ROOT, UserError, first_line
+
+if TYPE_CHECKING:
+    from oisd import Config, Rollout, Run
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves and loads on its own
+
+
+class TrainingError(Exception):
+    """The run cannot go on: its numbers would be wrong from here. `main` prints it and exits with code 1.
+
+    `weights_whole`: no update of the step has been made, so that a checkpoint may still be written.
+    """
+
+    def __init__(self, message: str, weights_whole: bool = False):
+        super().__init__(message)
+        self.weights_whole = weights_whole
+
+
+# ----------------------------------------------------- Processes ------------------------------------------------------
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(mine: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    if world() == 1:
+        return mine
+    parts: list[list] = [[]] * world()
+    dist.all_gather_object(parts, mine)
+    return [entry for part in parts for entry in part]
+
+
+def split_evenly(count: int, parts: int, index: int) -> range:
+    """The `index`-th of `parts` nearly equal ranges of 0 to count - 1."""
+    return range(count * index // parts, count * (index + 1) // parts)
+
+
+def say(text: str) -> None:
+    """To the terminal, once, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+# ----------------------------------------------------- Signals --------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. A BaseException: no library's `except Exception` may swallow it."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """Ctrl-C and SIGTERM raise a flag; all ranks look at it together after the rollouts and after the step.
+
+    In both places the weights are those of a whole step, so they can be saved. A second signal leaves at once, except
+    within a second: a launcher hands Ctrl-C on to processes that have got it from the terminal already.
+    """
+
+    number, since = 0, 0.0
+
+    def __enter__(self) -> Signals:
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.number:
+            if time.monotonic() > self.since + 1:
+                os._exit(128 + number)
+            return
+        self.number, self.since = number, time.monotonic()
+        os.write(2, f"\n{signal.Signals(number).name}: saving soon; once more to leave at once without\n".encode())
+
+    def check(self) -> None:
+        """Raises: Interrupted, on all ranks, if any of them has got a signal."""
+        if number := max(gather([self.number])):  # never written back: a signal may come while ranks gather
+            raise Interrupted(number)
+
+
+# ----------------------------------------------------- The folder and its checkpoints ---------------------------------
+
+
+def open_folder(name: str, config: Config) -> tuple[Path, IO]:
+    """The run's folder, made or found, and the lock that is held on it until the process ends. Raises: UserError."""
+    fresh = (Path("runs") / (f"{name}-{count}" if count > 1 else name) for count in itertools.count(1))
+    try:
+        for folder in [Path(config.output_dir)] if config.output_dir else fresh:
+            try:
+                folder.mkdir(parents=True, exist_ok=bool(config.output_dir))
+                break
+            except FileExistsError:
+                if config.output_dir:
+                    raise
+        lock = (folder / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {folder}; wait for it or name another output_dir") from None
+    except OSError as problem:
+        raise UserError(f"output_dir = {config.output_dir!r}: {first_line(problem)}") from None
+    if (folder / "config.toml").exists() and not config.resume:
+        raise UserError(f"output_dir = {str(folder)!r} already holds a run; continue it by --resume {folder}")
+    return folder, lock
+
+
+def forget_folder(folder: Path) -> None:
+    """Remove a run's folder in which no run has started."""
+    if not (folder / "config.toml").exists():
+        (folder / "lock").unlink()
+        with contextlib.suppress(OSError):  # what else is in it is not ours
+            folder.rmdir()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of a file or nothing, whenever the program dies."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def finish_folder(temporary: Path, final: Path) -> None:
+    """Make a finished folder appear under its name at once. Its bytes reach the disk first."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    remove_folder(final)
+    temporary.rename(final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Under another name from the start, so that no half of it is ever taken for the whole."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.part")))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first: a folder gets its name only when all of it is written."""
+    return sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 6))
+
+
+KEPT = sharded_state.StateDictOptions(ignore_frozen_params=True)  # under adapters: those alone
+
+
+def tensors_of(run: Run) -> dict[str, Any]:
+    """Weights and optimizer state; an optimizer that has not stepped yet gets its state, for the loader to fill."""
+    model, optimizer = sharded_state.get_state_dict(run.model, run.optimizer, options=KEPT)
+    return {"model": model, "optimizer": optimizer}
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Weights, optimizer and the step, by all ranks; any number of ranks may load them.
+
+    Data order and every random draw follow from seed and step: there is no other state. Raises: TrainingError if the
+    disk is full, say; what had been written of it is then gone again, and older checkpoints are whole.
+    """
+    final = run.folder / "checkpoints" / f"step_{run.state['step']:06d}"
+    temporary = final.with_name(final.name + ".part")
+    if final.exists():
+        return final
+    if rank() == 0:
+        for rest in final.parent.glob("*.part"):
+            shutil.rmtree(rest)
+    run.accelerator.wait_for_everyone()
+    try:
+        dcp.save(tensors_of(run), checkpoint_id=temporary, no_dist=world() == 1)
+        if rank() == 0:
+            (temporary / "state.json").write_text(json.dumps(run.state), encoding="utf-8")
+            finish_folder(temporary, final)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = getattr(problem, "failures", {})  # by rank, with their tracebacks
+        problem = next(iter(failures.values()))[0] if failures else problem
+        step = run.state["step"]
+        raise TrainingError(f"the checkpoint of step {step} was not written: {first_line(problem)}") from problem
+    if rank() == 0:
+        for old in checkpoints(run.folder)[: -run.config.checkpoints_kept]:
+            remove_folder(old)
+    run.accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(run: Run) -> None:
+    """Continue from the newest whole checkpoint. What later steps left goes to `abandoned/`: they come again.
+
+    Raises: UserError if the data are no longer those that the run was started with.
+    """
+    found = checkpoints(run.folder)
+    if found:
+        state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        for name in ("train_data", "test_data"):
+            if state[name] != run.state[name]:
+                raise UserError(f"--resume: {name} is {run.state[name]}, but the run was started with {state[name]}")
+        tensors = tensors_of(run)
+        dcp.load(tensors, checkpoint_id=found[-1], no_dist=world() == 1)
+        parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
+        options = dataclasses.replace(
+            KEPT, strict=not run.config.lora_rank
+        )  # under adapters most weights are not there
+        sharded_state.set_state_dict(run.model, run.optimizer, **parts, options=options)
+        run.state = state
+    step = run.state["step"]
+    say(f"continuing after step {step}" if found else f"{run.folder} has no checkpoint yet: starting with step 1")
+    if rank() == 0:
+        abandon(run.folder, step)
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Move metrics and rollouts of steps after `step`, and lines cut off by a crash, to `abandoned/`."""
+    metrics, attic = folder / "metrics.jsonl", folder / "abandoned"
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    kept = [line for line in lines if read_line(line).get("step", step + 1) <= step]
+    rest = [line for line in lines if line not in kept]
+    rollouts = [path for path in folder.glob("rollouts/step_*.jsonl") if int(path.stem[5:]) > step]
+    if rest or rollouts:
+        attic.mkdir(exist_ok=True)
+        with (attic / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(line if line.endswith("\n") else line + "\n" for line in rest)
+        write_atomically(metrics, "".join(kept))
+    for path in rollouts:
+        path.replace(attic / path.name)
+
+
+def commit() -> str:
+    """The checkout's commit, with + where files differ from it; `unknown` outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def stop(run: Run, reason: str, save: bool) -> None:
+    """An orderly stop before the end: write a checkpoint where the weights are whole, and say how to continue."""
+    try:
+        if save and run.state["step"]:
+            save_checkpoint(run)
+    except TrainingError as problem:
+        reason = f"{reason}; {problem}"
+    newest = checkpoints(run.folder)[-1:]
+    kept = f"{newest[0].name} is whole" if newest else "no checkpoint yet"
+    launch = "python" if world() == 1 else "accelerate launch"
+    if rank() == 0:
+        print(f"\noisd: {reason}; {kept}; continue by: {launch} oisd.py --resume {run.folder}", file=sys.stderr)
+
+
+# ----------------------------------------------------- Log ------------------------------------------------------------
+
+
+def log_metrics(run: Run, metrics: dict[str, Any]) -> None:
+    if rank() == 0:
+        with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+    numbers = {name: value for name, value in metrics.items() if value is not None}
+    run.accelerator.log(numbers, step=metrics["step"])
+
+
+def write_rollouts(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
+    """Every rollout of a step, one JSON object per line, special tokens shown."""
+    entries = (
+        {
+            "row": rollout.row,
+            "prompt": run.tokenizer.decode(rollout.prompt_ids),
+            "response": run.tokenizer.decode(rollout.response_ids),
+            "reward": rollout.reward,
+            "advantage": rollout.advantage,
+            "finish_reason": rollout.finish_reason,
+            "tokens": len(rollout.response_ids),
+        }
+        for rollout in rollouts
+    )
+    (run.folder / "rollouts").mkdir(exist_ok=True)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    write_atomically(run.folder / "rollouts" / f"step_{step:06d}.jsonl", lines)
+
+
+def peak_bytes(device: torch.device, sampler: Any = None) -> int:
+    """Most memory that this process has held: of its GPU since `reset_peak`, without vLLM's, else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - getattr(sampler, "ghost_bytes", 0)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss would start at the size of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_bytes(device: torch.device) -> int:
+    """What the GPU itself says is taken, by every process and library; 0 on a CPU."""
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    return total - free
+
+
+def read_line(line: str) -> dict:
+    """A line of metrics.jsonl; empty if a crash has cut it off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+CURVES = {
+    "reward": ("reward",),
+    "JS to the final layer: what to think": ("think_js", "think_js_positive", "think_js_negative"),
+    "JS to the final layer: where to look": ("attention_js", "attention_js_positive", "attention_js_negative"),
+    "entropy of the policy (nats)": ("entropy",),
+    "entropy of the student layer (nats)": ("student_entropy",),
+    "response length (tokens)": ("response_length",),
+}
+
+
+def draw_curves(folder: Path) -> None:
+    """`curves.png` from `metrics.jsonl`: the paper's Figures 5 and 6b. A failure is said, never raised."""
+    try:
+        rows = [read_line(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        draw(rows, folder / "curves.png")
+    except Exception as problem:  # a picture never ends a run
+        say(f"curves.png was not drawn: {type(problem).__name__}: {problem}")
+
+
+def draw(rows: Sequence[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, CURVES.items()):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot(*zip(*points), label=name) if points else None
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend()
+    temporary = path.with_suffix(".part.png")
+    figure.savefig(temporary, dpi=100)
+    plt.close(figure)
+    temporary.replace(path)

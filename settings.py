@@ -1,0 +1,150 @@
+"""Settings of a program: a pydantic dataclass, filled from its defaults, TOML tables and a command line.
+
+The comment beside a field of the dataclass is its line in `--help`, a comment on a line of its own the heading of those
+that follow. Every mistake is a `UserError` of one line that names the field, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pydantic
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A mistake the user can fix. Programs print it as one line, without a traceback, and exit with code 2."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'X'?` with the most similar of the known words, or nothing."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def first_line(problem: BaseException) -> str:
+    """What a library's error says, on one line and short."""
+    return " ".join((str(problem) or type(problem).__name__).split())[:300]
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def field_docs(kind: type) -> dict[str, tuple[str, str]]:
+    """Field -> its heading and the comment beside it, from the source: said once, shown by --help."""
+    group, docs = "", {}
+    for line in inspect.getsource(kind).splitlines():
+        if heading := re.fullmatch(r"    # (.*)", line):
+            group = heading[1]
+        elif entry := re.fullmatch(r"    (\w+): .*?  # (.*)", line):
+            docs[entry[1]] = group, entry[2]
+    return docs
+
+
+def checked(kind: type, name: str, value: Any, origin: str) -> Any:
+    """The value as the field's type. TOML values must have it; words of the command line are converted.
+
+    Raises: UserError, which names the field, the value and what is allowed.
+    """
+    field_type = field_types(kind)[name]
+    try:
+        return pydantic.TypeAdapter(field_type).validate_python(value, strict=origin != "command line")
+    except pydantic.ValidationError as problem:
+        choices = get_args(field_type) if get_origin(field_type) is Literal else ()
+        reason = problem.errors()[0]["msg"].replace("Input should", "it must").replace("String should", "it must")
+        raise UserError(f"{origin}: {name} = {value!r}: {reason}{nearest(str(value), choices)}") from None
+
+
+def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
+    """`FILE:TABLE` -> the table's name and its checked values, those of its `base` tables underneath.
+
+    `FILE:` is the file's only table. Raises: UserError.
+    """
+    file, _, table = address.rpartition(":") if ":" in address else (address, "", "")
+    path = Path(file) if Path(file).exists() else ROOT / file
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"--config {address}: there is no file {file!r}") from None
+    except ValueError as problem:  # TOML's own errors, and bytes that are no text
+        raise UserError(f"--config {file}: not valid TOML: {first_line(problem)}") from None
+    known = [name for name, content in tables.items() if isinstance(content, dict)]
+    if not table and len(known) != 1:
+        raise UserError(f"--config {address}: name a table, FILE:TABLE, one of {', '.join(known)}")
+    name = table = table or known[0]
+    values, visited, fields = {}, [], list(field_types(kind))
+    while name:
+        if name not in known:
+            raise UserError(f"{file} has no table {name!r}, only {', '.join(known)}{nearest(name, known)}")
+        if name in visited:
+            raise UserError(f"{file}: table {name!r} is its own base")
+        visited.append(name)
+        base = tables[name].pop("base", "")
+        for key, value in tables[name].items():
+            if key not in fields:
+                raise UserError(f"{file}:{name}: there is no field {key!r}{nearest(key, fields)}; see --help")
+            values.setdefault(key, checked(kind, key, value, f"{file}:{name}"))
+        name = base
+    return table, values
+
+
+def toml_table(name: str, settings: Any) -> str:
+    # JSON's strings, numbers and booleans are valid TOML, and so is a JSON string as a table's name.
+    values = dataclasses.asdict(settings).items()
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values]
+    return "\n".join([f"[{json.dumps(name, ensure_ascii=False)}]", *lines, ""])
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line with an option for each field of a dataclass, or for some. Errors are a UserError."""
+
+    def __init__(self, kind: type, name: str, description: str, fields: Sequence[str] = ()):
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=120, max_help_position=26)
+        super().__init__(name, description=description, allow_abbrev=False, formatter_class=formatter)
+        self.kind, docs, groups, types = kind, field_docs(kind), {}, field_types(kind)
+        for entry in dataclasses.fields(kind):
+            if fields and entry.name not in fields:
+                continue
+            heading, text = docs[entry.name]
+            groups[heading] = groups.get(heading) or self.add_argument_group(heading)
+            shown = types[entry.name]
+            shown = " | ".join(get_args(shown)) if get_origin(shown) is Literal else plain_type(shown).__name__
+            alone = {"nargs": "?", "const": "true"} if shown == "bool" else {}  # `--thinking` alone
+            text = f"{text} [{entry.default}]".replace("%", "%%")
+            options = {"metavar": shown, "default": argparse.SUPPRESS, "help": text, **alone}
+            groups[heading].add_argument(f"--{entry.name}", **options)
+
+    def error(self, message: str):
+        known = [word for action in self._actions for word in action.option_strings]
+        wrong = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        raise UserError(f"command line: {message}{nearest(wrong[1], known) if wrong else ''}; see --help")
+
+    def given(self, arguments: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """-> the fields that were given, checked, and all other options."""
+        words, types = vars(self.parse_args(arguments)), field_types(self.kind)
+        fields = {name: checked(self.kind, name, word, "command line") for name, word in words.items() if name in types}
+        return fields, {name: word for name, word in words.items() if name not in types}
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed from (seed, purpose, step, ...): no state to save, none that ranks or restarts could share."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2  # 62 bits: vLLM takes int64
+
+
+def plain_type(kind: Any) -> type:
+    """`int` of `Annotated[int, ...]`."""
+    return getattr(kind, "__origin__", kind)
