@@ -12,8 +12,8 @@ With n samples of a problem, c of them right,
     Pass@k  mean over problems of 1 - C(n-c, k) / C(n, k): of k samples at least one is right (arXiv 2107.03374, Eq. 1)
 
 Beside each stands its standard error over problems: what another set of such problems would change. Seeds follow from
-(seed, benchmark, problem, sample): runs that were cut off, or have more processes, draw the same samples, up to how
-arithmetic rounds in other batches. A folder gets settings.json, samples.jsonl, summary.json, table.md, pass_at_k.png.
+(seed, benchmark, problem, sample): runs cut off, or of more processes, draw the same samples, up to rounding in other
+batches. A folder gets settings.json, samples.jsonl, summary.json, table.md, pass_at_k.png.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from grader import Grader, extract_boxed
 from oisd import Config, Problem
 from settings import Parser, UserError, derive_seed, nearest
 
-Row = dict[str, Any]  # a line of samples.jsonl, see `draw`
 Key = tuple[str, int, int]  # benchmark, row of the problem, index of the sample
+Row = dict[str, Any]  # a line of samples.jsonl, see `draw`
 Estimate = tuple[float, float]  # value and standard error
 
 
@@ -165,14 +165,13 @@ def load_benchmark(benchmark: Benchmark, tokenizer, config: Config, grader: Grad
 
     Raises: UserError: no such data, others than the known ones, or golds that do not equal themselves.
     """
-    source, fields = benchmark.source, (benchmark.question_field, benchmark.answer_field)
-    pairs = [[inputs.column(row, field, source) for field in fields] for row in inputs.read_dataset(source)]
+    source, fields = benchmark.source, {name: getattr(benchmark, name) for name in ("question_field", "answer_field")}
+    pairs = [[inputs.column(row, field, source) for field in fields.values()] for row in inputs.read_dataset(source)]
     text = json.dumps(pairs, sort_keys=True, default=str)  # str: dates, say
     found = f"{len(pairs)} rows, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:32]}"
     if benchmark.rows and found != (known := f"{benchmark.rows} rows, SHA-256 {benchmark.sha256}"):
         raise UserError(f"{source} holds other problems: {found}, not {known}")
-    config = dataclasses.replace(config, question_field=fields[0], answer_field=fields[1])
-    problems, _ = inputs.load_problems(source, tokenizer, config)
+    problems, _ = inputs.load_problems(source, tokenizer, dataclasses.replace(config, **fields))
     if oisd.rank() == 0:
         inputs.check_golds(problems, grader)
     return problems, found
@@ -182,7 +181,7 @@ def load_benchmark(benchmark: Benchmark, tokenizer, config: Config, grader: Grad
 
 
 def read_samples(folder: Path, run: str) -> dict[Key, Row]:
-    """All samples of this run. Lines that were cut off or belong to another run are left out, and counted aloud."""
+    """All samples of this run. Lines that were cut off or belong to another run are left out and counted."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("samples*.jsonl")]
     rows = [plumbing.read_line(line) for text in texts for line in text.split("\n") if line]
     mine = [row for row in rows if isinstance(row, dict) and row.get("run") == run]
@@ -221,14 +220,14 @@ def claim(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], set[K
         fcntl.lockf(os.open(folder / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another evaluation is writing there") from None
-    path, mend = folder / "settings.json", "name another folder with --output_dir"
+    path, fix = folder / "settings.json", "name another folder with --output_dir"
     if path.exists():
         before = json.loads(path.read_bytes())["held"]
         if changed := differences(settings["held"], before):
-            raise UserError(f"{folder} holds other samples: {'; '.join(changed)}; {mend}")
+            raise UserError(f"{folder} holds other samples: {'; '.join(changed)}; {fix}")
         settings["held"] = before | settings["held"]
     elif any(folder.glob("samples*.jsonl")):
-        raise UserError(f"{folder} holds samples, but no settings.json that says whose; {mend}")
+        raise UserError(f"{folder} holds samples, but no settings.json that says whose; {fix}")
     plumbing.write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False))
     print(f"{folder}: {settings['ask']}; the first prompt:\n---\n{settings['first_prompt']}\n---", flush=True)
     return settings, set(read_samples(folder, settings["run"]))
@@ -269,8 +268,9 @@ def draw(sampler, tasks: Sequence[tuple[Key, Problem]], run: str, config: Config
             file.flush()
 
 
-def summarise(folder: Path, settings: dict[str, Any], grader: Grader) -> None:
+def summarise(folder: Path, grader: Grader) -> None:
     """Grade what was asked for, and write every figure. Raises: UserError if a sample is missing."""
+    settings = json.loads((folder / "settings.json").read_bytes())
     samples, values = read_samples(folder, settings["run"]), {}
     for name, ask in settings["ask"].items():
         keys = [[(name, row, sample) for sample in range(ask["samples"])] for row in range(ask["problems"])]
@@ -372,8 +372,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Config, argparse.Namespace]:
     parser = Parser(Config, "evaluate.py", __doc__, [*SAMPLING, *OTHERS, "grader_seconds", "grader_workers"])
     parser.add_argument("--output_dir", default="", help="default: runs/eval_<model>, or runs/compare")
     parser.add_argument("--benchmarks", default=",".join(BENCHMARKS), help="names; your own: NAME=SOURCE [all four]")
-    # torchrun of Python 3.11 takes an `--n` behind the script for an abbreviation of its own options: hence --samples.
-    parser.add_argument("--n", "--samples", type=int, help="per problem [the paper's 16, 16, 32, 32; own data 16]")
+    parser.add_argument("--samples", "--n", dest="n", type=int, help="per problem [the paper's; own data 16]")
     parser.add_argument("--k", default="", help="of Pass@k, like 1,2,4,...,256 [powers of two]")
     parser.add_argument("--limit", type=int, help="only the first so many problems of each benchmark")
     parser.add_argument("--greedy", action="store_true", help="one sample, always the most probable token")
@@ -381,7 +380,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--grade_only", metavar="FOLDER", help="grade the stored samples again")
     given, options = parser.given(arguments)
     options = argparse.Namespace(**options)
-    if min(1 if number is None else number for number in (options.n, options.limit)) < 1:
+    if "model" not in given and not options.compare and not options.grade_only:
+        raise UserError("--model is missing: a Hugging Face name or a folder")
+    if any(number is not None and number < 1 for number in (options.n, options.limit)):
         raise UserError("--n and --limit must be at least 1")
     if options.greedy:
         if options.n not in (None, 1):
@@ -419,7 +420,7 @@ def evaluate(config: Config, options: argparse.Namespace, grader: Grader) -> Non
         draw(sampler, tasks, settings["run"], config, tokenizer, folder)
     accelerator.wait_for_everyone()
     if oisd.rank() == 0:
-        summarise(folder, settings, grader)
+        summarise(folder, grader)
     accelerator.wait_for_everyone()
     if tasks:
         sampler.close()
@@ -434,8 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.compare:
                 compare(options.compare, Path(config.output_dir or "runs/compare"))
             elif options.grade_only:
-                folder = Path(options.grade_only)
-                summarise(folder, json.loads((folder / "settings.json").read_bytes()), grader)
+                summarise(Path(options.grade_only), grader)
             else:
                 evaluate(config, options, grader)
     except (UserError, OSError) as problem:  # OSError: a full disk, a folder that may not be written

@@ -137,7 +137,7 @@ def _start_worker(seconds: float, memory_gib: float) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         bufsize=0,
-        start_new_session=True,  # Ctrl-C at the terminal is the parent's affair
+        start_new_session=True,  # Ctrl-C at the terminal is for the parent to handle
         # The working directory is not searched for modules; one seed of hashes makes verdicts reproducible.
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "0"},
     )

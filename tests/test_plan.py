@@ -47,9 +47,14 @@ def test_planned_parts_are_arithmetic(planned):
         found = planned(gpus)
         assert found.parts["parameters"] == pytest.approx(4 * parameters / gpus, rel=0.01)
         assert found.parts["optimizer"] == pytest.approx(8 * parameters / gpus, rel=0.01)
-        assert found.parts["gradients"] >= 4 * parameters / gpus * 0.7 and sum(found.parts.values()) == found.training
-        assert found.resident == found.parts["parameters"] + found.parts["optimizer"]
-        assert all(size >= 0 for size in found.parts.values())
+        assert found.parts["gradients"] >= 4 * parameters / gpus * 0.7
+        assert found.resident == pytest.approx(12 * parameters / gpus, rel=0.01)
+        # 1,024 tokens; a layer keeps its input, both norms' outputs, query, key, value, attention's output, and three
+        # of the MLP's width; the final norm, student and policy gradients of the 896 response tokens come on top.
+        layers = 4 * 1024 * (4 * (5 * 512 + 2 * 4 * 64 + 3 * 1536))
+        assert layers < found.parts["activations, rest"] < 2.5 * layers
+        chunk = 4 * 8000 * 256  # tokens of float32 logits: at its peak the pass holds about nine of these
+        assert 7 * chunk < found.parts["logits chunk"] < 10 * chunk
     # Three responses of 256 tokens and one of 128, 32 more of each the prompt. A quarter of the work is scoring, one
     # the forward pass, two the backward pass; in training two products with the head forward and four backward.
     dense = 2 * 4 / 3 * (3 * 4 * layer * 1024 + 6 * 8000 * 512 * (3 * 256 + 128))
@@ -63,7 +68,9 @@ def test_adapters_need_less(planned):
     assert all_weights.training - adapters.training > 0.9 * 12 / 4 * 20e6  # gradient and moments of a quarter of them
     offloaded = planned(4, cpu_offload="true")
     assert offloaded.host == pytest.approx(16 * 5.2e6, rel=0.02) and offloaded.resident == 0
-    assert offloaded.training == all_weights.training - offloaded.host
+    left = sum(all_weights.parts[part] for part in ("gathered weights", "logits chunk", "activations, rest"))
+    assert offloaded.training >= left and offloaded.parts["optimizer"] == 0
+    assert offloaded.training == pytest.approx(left + 4 * 5.2e6, rel=0.1)  # and a gradient on its way to the host
 
 
 def test_the_plan_says_what_to_turn(shape, planned, capsys, monkeypatch):
