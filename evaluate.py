@@ -106,8 +106,7 @@ def bootstrap(benchmarks: Sequence[Sequence[float]], draws: int = 10_000) -> tup
     generator, means = torch.Generator().manual_seed(0), torch.zeros(draws, dtype=torch.float64)
     for values in benchmarks:
         values, count = torch.tensor(values, dtype=torch.float64), len(values)
-        again = (torch.randint(count, (count,), generator=generator) for _ in range(draws))
-        means += torch.stack([values[rows].mean() for rows in again]) / len(benchmarks)
+        means += values[torch.randint(count, (draws, count), generator=generator)].mean(1) / len(benchmarks)
     ends = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return statistics.fmean(map(statistics.fmean, benchmarks)), *ends
 
