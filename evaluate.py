@@ -43,7 +43,7 @@ import inputs
 import oisd
 import plumbing
 from grader import Grader, extract_boxed
-from oisd import Config, Problem
+from oisd import Config
 from settings import Parser, UserError, derive_seed, nearest
 
 Key = tuple[str, int, int]  # benchmark, row of the problem, index of the sample
@@ -135,7 +135,7 @@ def find_benchmarks(words: str, config: Config) -> dict[str, Benchmark]:
             known = f"{', '.join(BENCHMARKS)}{nearest(name, list(BENCHMARKS))}"
             raise UserError(f"--benchmarks {words}: no {name!r}, only {known}; your own data are NAME=SOURCE")
         if name in found:
-            raise UserError(f"--benchmarks {words}: {name} stands there twice")
+            raise UserError(f"--benchmarks {words}: {name} is named twice")
         own = Benchmark("", question_field=config.question_field, answer_field=config.answer_field)
         found[name] = dataclasses.replace(BENCHMARKS.get(name, own), **({"source": source} if source else {}))
     return found
@@ -159,7 +159,7 @@ def parse_ks(words: str, n: int) -> list[int]:
     return ks[1:]
 
 
-def load_benchmark(benchmark: Benchmark, tokenizer, config: Config, grader: Grader) -> tuple[list[Problem], str]:
+def load_benchmark(benchmark: Benchmark, tokenizer, config: Config, grader: Grader) -> tuple[list[inputs.Problem], str]:
     """-> problems; their number and the SHA-256 of the JSON list of all [question, gold].
 
     Raises: UserError: no such data, others than the known ones, or golds that do not equal themselves.
@@ -249,8 +249,8 @@ def make_sampler(config: Config, tokenizer, device: torch.device):
     return oisd.make_hf_sampler(model.to(device), end_ids, config, device)
 
 
-def draw(sampler, tasks: Sequence[tuple[Key, Problem]], run: str, config: Config, tokenizer, folder: Path) -> None:
-    """Append a line for each sample of this rank's share as it is finished; the hf sampler finishes batch by batch."""
+def draw(sampler, tasks: Sequence[tuple], run: str, config: Config, tokenizer, folder: Path) -> None:
+    """Append a line for each sample of this rank's share of (key, problem) as it is finished, with hf batch by batch."""
     engines, engine = oisd.world() // config.tensor_parallel, oisd.rank() // config.tensor_parallel
     tasks = tasks[engine::engines]
     # The ranks of an engine draw the same samples; the first one's count.
@@ -387,7 +387,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Config, argparse.Namespace]:
         if options.n not in (None, 1):
             raise UserError(f"--greedy: {options.n} samples would be {options.n} times the same")
         options.n, given["temperature"] = 1, 1e-6
-    # A score over the prompts that fit would be none: all are taken, and `evaluate` finds the longest.
+    # A score over only the prompts that fit would mean nothing: all are taken, `evaluate` finds the longest.
     room = {"max_prompt_tokens": 2**50, "max_tokens_per_gpu": 2**60, "student_layer": 1}
     return Config(**given, **room, gradient_checkpointing=False), options
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from grader import Grader
-from settings import UserError, derive_seed, first_line, nearest
+from settings import UserError, derive_seed, nearest, one_line
 
 if TYPE_CHECKING:
     from oisd import Config, TappedModel
@@ -63,7 +63,7 @@ def read_dataset(source: str):
         return datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train")
     except Exception as problem:  # datasets raises a dozen types here; each means that the source is not readable
         cause = problem.__cause__ or problem  # what datasets says itself is only that an error occurred
-        raise UserError(f"dataset {source!r} cannot be read: {type(cause).__name__}: {first_line(cause)}") from problem
+        raise UserError(f"dataset {source!r} cannot be read: {type(cause).__name__}: {one_line(cause)}") from problem
 
 
 def column(row: dict, name: str, source: str) -> Any:
@@ -97,7 +97,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str | list[dict], c
         )
     except TemplateError as problem:
         raise UserError(
-            f"the chat template refuses the prompt ({first_line(problem)}); if it is for its system message, "
+            f"the chat template refuses the prompt ({one_line(problem)}); if it is for its system message, "
             'add --system_prompt ""'
         ) from None
     if not ids:
@@ -145,7 +145,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
     except (OSError, ValueError) as problem:
-        raise UserError(f"model = {config.model!r}: no tokenizer: {first_line(problem)}") from None
+        raise UserError(f"model = {config.model!r}: no tokenizer: {one_line(problem)}") from None
     tokenizer.chat_template = config.chat_template or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise UserError(f"model = {config.model!r} has no chat template; set chat_template to a Jinja template")
@@ -172,7 +172,8 @@ def check_packages(config: Config) -> None:
     needed["flash_attn"] = config.attention == "flash_attention_2"
     for package, wanted in needed.items():
         if wanted and find_spec(package) is None:
-            raise UserError(f"these settings need {package}, which is not installed; the README says how")
+            name = package.replace("_", "-")
+            raise UserError(f"these settings need {name}, which is not installed: pip install {name}; see the README")
 
 
 def read_model_config(config: Config) -> PreTrainedConfig:
@@ -180,7 +181,7 @@ def read_model_config(config: Config) -> PreTrainedConfig:
     try:
         found = AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError) as problem:
-        raise UserError(f"model = {config.model!r} cannot be loaded: {first_line(problem)}") from None
+        raise UserError(f"model = {config.model!r} cannot be loaded: {one_line(problem)}") from None
     layers, positions = getattr(found, "num_hidden_layers", None), getattr(found, "max_position_embeddings", None)
     if layers is None:
         raise UserError(
@@ -215,7 +216,7 @@ def load_model(config: Config, empty_on: str = "") -> tuple[PreTrainedModel, tor
         else:
             model = AutoModelForCausalLM.from_pretrained(config.model, **settings)
     except (OSError, ValueError, ImportError) as problem:
-        raise UserError(f"model = {config.model!r} cannot be loaded: {first_line(problem)}") from None
+        raise UserError(f"model = {config.model!r} cannot be loaded: {one_line(problem)}") from None
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing = false")
     remove_dropout(model)
@@ -275,7 +276,7 @@ def check_model(tapped: TappedModel) -> None:
     except UserError as problem:
         raise UserError(f"model = {tapped.config.model!r} ({name}) {problem}") from None
     except Exception as problem:  # in code that is not ours, asked for what its authors may not have thought of
-        reason = f"cannot be run packed and tapped: {type(problem).__name__}: {first_line(problem)}"
+        reason = f"cannot be run packed and tapped: {type(problem).__name__}: {one_line(problem)}"
         raise UserError(f"model = {tapped.config.model!r} ({name}) {reason}") from problem
     finally:
         tapped.eval()

@@ -1,4 +1,4 @@
-"""All that only the laptop default needs: its model and its sums, a sampler without vLLM, and the picture of a run.
+"""All that only the laptop default needs: its model and its sums, and a sampler without vLLM.
 
 `python laptop.py` makes `tiny_model/` in about a minute on two cores: an ordinary Hugging Face folder
 (Qwen3ForCausalLM, float32, own tokenizer, chat template) with `train.jsonl` and `test.jsonl` beside the weights.
@@ -39,6 +39,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from settings import UserError
 
 FOLDER = Path("tiny_model")
 SEED = 0
@@ -200,9 +202,12 @@ def write_problems(path, questions):
 def make(folder=FOLDER):
     """Make the model folder, or leave it alone if this very file has made it. Returns its path."""
     folder = Path(folder)
-    made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    making = Path(__file__).read_text(encoding="utf-8").partition("\n# -----")[0]  # this part of the file
+    made_by = hashlib.sha256(making.encode()).hexdigest()
     if (folder / "made_by").exists() and (folder / "made_by").read_text() == made_by:
         return folder
+    if folder.exists() and not (folder / "made_by").exists():
+        raise UserError(f"{folder} stands in the way of the laptop's model, which is made there: move or rename it")
     rng = random.Random(SEED)
     problems = {}  # a dict, as a set that remembers its order
     while len(problems) < TRAIN + TEST:

@@ -80,7 +80,7 @@ import plumbing
 from grader import Grader
 from inputs import Problem, end_token_ids, load_model, load_problems, load_tokenizer
 from plumbing import Interrupted, Signals, TrainingError, gather, rank, say, split_evenly, world
-from settings import Parser, UserError, derive_seed, first_line, read_table, toml_table
+from settings import Parser, UserError, derive_seed, one_line, read_table, toml_table
 
 VERSION = "0.2.0"
 LN2 = math.log(2)
@@ -149,7 +149,7 @@ class Config:
     max_tokens_per_gpu: AtLeastOne = 16384  # budget of one packed micro-batch, prompt and response tokens
     lens_chunk_tokens: AtLeastOne = 256  # tokens whose logits exist at a time
     grader_seconds: Positive = 10.0  # hard limit per response; then its grader is killed and it scores 0
-    grader_workers: AtLeastOne = 2  # grader processes
+    grader_workers: AtLeastOne = 2  # grader processes of each rank
     seed: Count = 0  # every random draw is a function of this and the step
     # What a run leaves
     output_dir: str = ""  # empty: runs/<table>, or the next free runs/<table>-2, -3, ...
@@ -207,10 +207,13 @@ def load_config(arguments: Sequence[str] | None = None) -> tuple[str, Config]:
         raise UserError("--resume takes the settings of the run itself: leave --config out")
     if not (Path(folder) / "config.toml").is_file():
         raise UserError(f"--resume: there is no run in {folder}")
+    if "output_dir" in given:
+        raise UserError("--resume continues in the run's own folder: leave --output_dir out")
     table, values = read_table(Config, f"{folder}/config.toml:")
+    before = dataclasses.asdict(Config(**values))  # a run of an older version may lack a field
     for name, value in given.items():
-        if name not in FREE_ON_RESUME and value != values[name]:
-            raise UserError(f"--resume: {name} = {value!r}, but the run in {folder} has {values[name]!r}")
+        if name not in FREE_ON_RESUME and value != before[name]:
+            raise UserError(f"--resume: {name} = {value!r}, but the run in {folder} has {before[name]!r}")
     return table, Config(**values | given | {"output_dir": folder})
 
 
@@ -271,7 +274,7 @@ class VllmSampler:
         try:
             self.engine = LLM(**settings)
         except Exception as problem:  # too little memory, a model it does not know, asserts of its own
-            raise UserError(f"the vLLM engine does not start: {first_line(problem)}") from problem
+            raise UserError(f"the vLLM engine does not start: {one_line(problem)}") from problem
         if device.type == "cuda":
             torch.set_num_threads(threads)  # the engine leaves 1, and AdamW of offloaded weights runs on the host
         # vLLM reports what has no weights of its own, a tied head or rotary angles, as a failure at every sync; whether
@@ -290,6 +293,7 @@ class VllmSampler:
     def close(self) -> None:
         """End the engine, and with it the process group that it shares; later it would not find the group."""
         if self.asleep:
+            torch.cuda.empty_cache()
             self.engine.wake_up()  # what is unmapped cannot be freed
         self.engine.llm_engine.engine_core.shutdown()
 
@@ -313,7 +317,7 @@ class VllmSampler:
 
     def stream(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[Sample]:
         """A response per prompt and seed, in the order in which they are finished."""
-        settings = [
+        sampling = [
             self.SamplingParams(
                 # 0 is greedy; what is above it but below 0.01, vLLM raises to 0.01
                 temperature=self.config.temperature if self.config.temperature >= 0.01 else 0.0,
@@ -326,7 +330,7 @@ class VllmSampler:
             )
             for seed in seeds
         ]
-        requests = self.engine.enqueue([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        requests = self.engine.enqueue([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
         # vLLM appends a random suffix to the id of a request, and its results come without it.
         index_of = {request.partition("-")[0]: index for index, request in enumerate(requests)}
         while index_of:
@@ -666,8 +670,8 @@ class TappedModel(nn.Module):
         rollouts = [Rollout(row[:1], row[1:], [0.0] * (len(row) - 1), "stop") for row in rows]
         return pack(rollouts, self.config, self.head.device)
 
-    def forward(self, batch: PackedBatch | None = None, score_only: bool = False, task: Callable | None = None) -> Any:
-        """Log-probs of the response tokens (N,) with `score_only`, else the sums of `losses`.
+    def forward(self, batch: PackedBatch | None = None, logprobs_only: bool = False, task: Callable | None = None):
+        """Log-probs of the response tokens (N,) with `logprobs_only`, else the sums of `losses`.
 
         A `task` is other work with the weights, such as generation, done here because a sharded model has them nowhere
         else.
@@ -675,9 +679,9 @@ class TappedModel(nn.Module):
         if task is not None:
             return task()
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.score(batch) if score_only else self.losses(batch)
+            return self.response_logprobs(batch) if logprobs_only else self.losses(batch)
 
-    def score(self, batch: PackedBatch) -> Tensor:
+    def response_logprobs(self, batch: PackedBatch) -> Tensor:
         final_hidden = self.hidden_states(batch)[batch.predicted - 1].detach()
         self.clear_taps()
         return LensPass.apply(final_hidden, None, None, self.head.detach(), batch, self.config)[3]
@@ -860,9 +864,10 @@ class LensPass(torch.autograd.Function):
     the head in all, where recomputing the logits in the backward pass would take eight.
 
     `apply(policy_hidden (N, D), student_hidden, teacher_hidden, head (V, D), batch, config)`, hidden states normed. The
-    teacher is the policy where it is None; without a student there is no lens, as in scoring. -> the token loss, with
-    gradient to policy, student and head (no second derivative); and, detached, both losses apart, then log-probs, JS,
-    entropy and student entropy, each (N,).
+    teacher is the policy where it is None, as in OISD; a foreign one, such as the model that has seen the solution, may
+    teach instead. Without a student there is no lens, as in scoring. -> the token loss, with gradient to policy,
+    student and head (no second derivative); and, detached, both losses apart, then log-probs, JS, entropy and student
+    entropy, each (N,).
     """
 
     @staticmethod
@@ -905,7 +910,8 @@ def lens_chunk(policy_hidden, student_hidden, teacher_hidden, weight, batch, row
     """A chunk of `LensPass`: hidden states (n, D), student and teacher may be None, head (V, D).
 
     -> token loss, policy loss, think loss; log-probs, JS, both entropies (n,); gradients of the token loss by policy
-    and student logits (n, V). Works in place where a tensor is not needed again.
+    and student logits (n, V). The teacher gets none of JS: that omission is the stop-gradient of Eq. 6-7. Works in
+    place where a tensor is not needed again.
     """
     T, tau, targets = config.temperature, config.distill_temperature, batch.target_ids[rows, None]
     logits = F.linear(policy_hidden, weight)  # (n, V)
@@ -975,7 +981,7 @@ def set_old_logprobs(run: Run, rollouts: Sequence[Rollout]) -> float:
     for indices in micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]:
         part = [rollouts[index] for index in indices]
         with torch.no_grad():
-            logprobs = run.model(pack(part, run.config, run.accelerator.device), score_only=True).cpu()
+            logprobs = run.model(pack(part, run.config, run.accelerator.device), logprobs_only=True).cpu()
         parts = logprobs.split([len(rollout.response_ids) for rollout in part])
         found += [(index, values.clone()) for index, values in zip(indices, parts)]  # a view is sent with all it views
     for index, values in gather(found):
@@ -999,7 +1005,7 @@ def accumulate_gradients(run: Run, rollouts: Sequence[Rollout], max_tokens: int)
     no split changes a gradient. FSDP2 averages gradients over ranks; the factor `world()` makes that a sum.
     """
     config, totals = run.config, {}
-    N = sum(len(rollout.response_ids) for rollout in rollouts)
+    N = sum(len(rollout.response_ids) for rollout in rollouts)  # of all ranks: each knows all rollouts
     S = sum(sampled_steps(rollout, config) for rollout in rollouts)
     for indices in micro_batches(rollouts, max_tokens, world())[rank() :: world()]:
         sums = run.model(pack([rollouts[index] for index in indices], config, run.accelerator.device))
@@ -1111,7 +1117,7 @@ def make_accelerator(config: Config, folder: Path, timeout: datetime.timedelta) 
     # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     accelerator = Accelerator(
-        cpu=processes > 1 and not cuda,
+        cpu=not cuda,  # not on Apple's GPUs
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=folder,
         # also where a launcher starts a single process
@@ -1147,11 +1153,13 @@ def shard(model: TappedModel, mesh: DeviceMesh, config: Config, offload: bool = 
     fully_shard(model, **policy)
 
 
-def load_shards(model: TappedModel, source: PreTrainedModel | None, device: torch.device) -> None:
+def load_shards(
+    model: TappedModel, source: PreTrainedModel | None, device: torch.device, offload: bool = False
+) -> None:
     """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if offload else device)
     weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()} if source is not None else {}
-    settings = {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": device.type == "cpu"}
+    settings = {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": offload or device.type == "cpu"}
     sharded_state.set_model_state_dict(model, weights, options=sharded_state.StateDictOptions(**settings))
     # Rotary frequencies are in no state dict, and may go by two names: Phi3's longrope keeps what it had at first.
     buffers = [dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}]
@@ -1163,7 +1171,7 @@ def load_shards(model: TappedModel, source: PreTrainedModel | None, device: torc
 
 
 def hold_to_source(model: PreTrainedModel, source: PreTrainedModel | None, device: torch.device) -> None:
-    """Every parameter and buffer must be what rank 0 has in `source`. Raises: UserError, on all ranks, the first."""
+    """Every parameter and buffer must be what rank 0 has in `source`. Raises: UserError that names the first other."""
 
     def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
@@ -1189,7 +1197,7 @@ def full_weights(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
 
     All ranks must iterate to the end. Tied weights come once, under the first of their names.
     """
-    kept = model.state_dict().keys()
+    kept = model.state_dict().keys()  # its hooks also reshard what a forward pass without backward left whole
     tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in kept)]
     for name, tensor in tensors:
         owner, adapted, last = name.rpartition(".base_layer.")
@@ -1297,10 +1305,11 @@ def prepare_model(
     if sharded:
         model = TappedModel(load_model(config, empty_on="meta")[0], config)
         plugin = getattr(accelerator.state, "fsdp_plugin", None)  # of the user's Accelerate file
-        offload = device.type == "cuda" and bool(config.cpu_offload or (plugin and plugin.cpu_offload))
+        asked = config.cpu_offload or isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
+        offload = device.type == "cuda" and asked
         reshard = bool(plugin.reshard_after_forward) if plugin else True
         shard(model, init_device_mesh(device.type, (world(),)), config, offload, reshard)
-        load_shards(model, source, torch.device("cpu") if offload else device)
+        load_shards(model, source, device, offload)
     else:
         model.to(device)
     model.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k would bias
@@ -1314,7 +1323,7 @@ def make_hf_sampler(model, end_ids: list[int], config: Config, device: torch.dev
     return laptop.HfSampler(model, end_ids, *settings, config.dtype == "bfloat16", device, root)
 
 
-# ----------------------------------------------------- Checkpoints and exports ---------------------------------------
+# ----------------------------------------------------- Export --------------------------------------------------------
 
 def export(run: Run) -> Path:
     """`final/`: an ordinary Hugging Face folder, in the dtype of the model's own files.
@@ -1337,8 +1346,6 @@ def export(run: Run) -> Path:
     run.accelerator.wait_for_everyone()
     return final
 
-
-# ----------------------------------------------------- Log -----------------------------------------------------------
 
 # ----------------------------------------------------- Train ---------------------------------------------------------
 
@@ -1363,29 +1370,24 @@ def report_accuracy(run: Run) -> None:
 def train(run: Run) -> None:
     """The whole run, from where its state stands to `num_steps`, and the export."""
     config, drawn = run.config, 0.0
-    if run.state["step"] == 0:
-        report_accuracy(run)
     steps = {"total": config.num_steps, "initial": run.state["step"], "unit": "step", "dynamic_ncols": True}
     with tqdm(**steps, disable=rank() > 0) as bar:
-        while run.state["step"] < config.num_steps:
-            metrics = train_step(run)
+        while True:
             step = run.state["step"]
+            if step in (0, config.num_steps) or (config.eval_every and step % config.eval_every == 0):
+                report_accuracy(run)
+            if step and (step == config.num_steps or (config.checkpoint_every and step % config.checkpoint_every == 0)):
+                plumbing.save_checkpoint(run)
+            if step and rank() == 0 and (step >= config.num_steps or time.monotonic() - drawn > 15):  # costs nothing
+                plumbing.draw_curves(run.folder)
+                drawn = time.monotonic()
+            if step >= config.num_steps:
+                break
+            metrics = train_step(run)
             plumbing.log_metrics(run, metrics)
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", think_js=f"{metrics['think_js']:.3f}")
             run.signals.check()
-            if config.eval_every and step % config.eval_every == 0:
-                report_accuracy(run)
-            if config.checkpoint_every and step % config.checkpoint_every == 0:
-                plumbing.save_checkpoint(run)
-            if rank() == 0 and time.monotonic() - drawn > 15:  # seldom enough to cost nothing
-                plumbing.draw_curves(run.folder)
-                drawn = time.monotonic()
-    report_accuracy(run)
-    if run.state["step"]:
-        plumbing.save_checkpoint(run)
-        if rank() == 0:
-            plumbing.draw_curves(run.folder)
     say(f"trained model: {export(run)}; curves: {run.folder / 'curves.png'}")
     if failures := sum(gather([run.grader.timeouts + run.grader.crashes])):
         say(f"grading: {failures} responses ran out of time or memory and scored 0")
@@ -1403,15 +1405,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     code = 0
     try:
-        with run.signals:
-            train(run)
-    except (TrainingError, UserError) as problem:
-        whole = getattr(problem, "weights_whole", False)
-        plumbing.stop(run, f"stopped after step {run.state['step']}: {problem}", save=whole)
-        code = 1
-    except Interrupted as problem:
-        plumbing.stop(run, f"stopped by {signal.Signals(problem.number).name}", save=True)
-        code = 128 + problem.number
+        with run.signals:  # to the end: a launcher that hands a signal on must not cut off the checkpoint
+            try:
+                train(run)
+            except (TrainingError, UserError) as problem:
+                code, whole = 1, getattr(problem, "weights_whole", False)
+                plumbing.stop(run, f"stopped after step {run.state['step']}: {problem}", save=whole)
+            except Interrupted as problem:
+                saved = plumbing.stop(run, f"stopped by {signal.Signals(problem.number).name}", save=True)
+                code = 128 + problem.number if saved else 1
     finally:
         run.grader.close()
         if run.lock:

@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sharded_state
 from tqdm import tqdm
 
-from settings import ROOT, UserError, first_line
+from settings import ROOT, UserError, one_line
 
 if TYPE_CHECKING:
     from oisd import Config, Rollout, Run
@@ -125,25 +125,28 @@ class Signals:
 
 
 def open_folder(name: str, config: Config) -> tuple[Path, IO]:
-    """The run's folder, made or found, and the lock that is held on it until the process ends. Raises: UserError."""
-    fresh = (Path("runs") / (f"{name}-{count}" if count > 1 else name) for count in itertools.count(1))
-    try:
-        for folder in [Path(config.output_dir)] if config.output_dir else fresh:
-            try:
-                folder.mkdir(parents=True, exist_ok=bool(config.output_dir))
-                break
-            except FileExistsError:
-                if config.output_dir:
-                    raise
-        lock = (folder / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {folder}; wait for it or name another output_dir") from None
-    except OSError as problem:
-        raise UserError(f"output_dir = {config.output_dir!r}: {first_line(problem)}") from None
-    if (folder / "config.toml").exists() and not config.resume:
-        raise UserError(f"output_dir = {str(folder)!r} already holds a run; continue it by --resume {folder}")
-    return folder, lock
+    """The run's folder, and the lock that is held on it until the process ends. Raises: UserError.
+
+    Without an `output_dir` it is the first of runs/<name>, runs/<name>-2, ... that holds no run and is not locked.
+    """
+    numbered = (f"runs/{name}-{count}" if count > 1 else f"runs/{name}" for count in itertools.count(1))
+    for folder in map(Path, [config.output_dir] if config.output_dir else numbered):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"another process is training in {folder}; wait for it or name another output_dir"
+        except OSError as error:
+            raise UserError(f"output_dir = {config.output_dir!r}: {one_line(error)}") from None
+        else:
+            if config.resume or not (folder / "config.toml").exists():
+                return folder, lock
+            lock.close()
+            problem = f"output_dir = {str(folder)!r} already holds a run; continue it by --resume {folder}"
+        if config.output_dir:
+            raise UserError(problem)
+    raise AssertionError("numbers do not end")
 
 
 def forget_folder(folder: Path) -> None:
@@ -176,8 +179,11 @@ def finish_folder(temporary: Path, final: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Under another name from the start, so that no half of it is ever taken for the whole."""
+    old = folder.with_name(f"{folder.name}.old.part")
+    if old.exists():
+        shutil.rmtree(old)
     if folder.exists():
-        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.part")))
+        shutil.rmtree(folder.rename(old))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -202,7 +208,7 @@ def save_checkpoint(run: Run) -> Path:
     """
     final = run.folder / "checkpoints" / f"step_{run.state['step']:06d}"
     temporary = final.with_name(final.name + ".part")
-    if final.exists():
+    if gather([final.exists()])[0]:  # as rank 0 sees it: another machine's view of the disk may be older
         return final
     if rank() == 0:
         for rest in final.parent.glob("*.part"):
@@ -219,7 +225,7 @@ def save_checkpoint(run: Run) -> Path:
         failures = getattr(problem, "failures", {})  # by rank, with their tracebacks
         problem = next(iter(failures.values()))[0] if failures else problem
         step = run.state["step"]
-        raise TrainingError(f"the checkpoint of step {step} was not written: {first_line(problem)}") from problem
+        raise TrainingError(f"the checkpoint of step {step} was not written: {one_line(problem)}") from problem
     if rank() == 0:
         for old in checkpoints(run.folder)[: -run.config.checkpoints_kept]:
             remove_folder(old)
@@ -232,7 +238,7 @@ def load_checkpoint(run: Run) -> None:
 
     Raises: UserError if the data are no longer those that the run was started with.
     """
-    found = checkpoints(run.folder)
+    found = gather(checkpoints(run.folder)[-1:] if rank() == 0 else [])  # as rank 0 sees the disk
     if found:
         state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
         for name in ("train_data", "test_data"):
@@ -277,18 +283,23 @@ def commit() -> str:
         return "unknown"
 
 
-def stop(run: Run, reason: str, save: bool) -> None:
-    """An orderly stop before the end: write a checkpoint where the weights are whole, and say how to continue."""
+def stop(run: Run, reason: str, save: bool) -> bool:
+    """An orderly stop before the end: write a checkpoint where the weights are whole, and say how to continue.
+
+    -> False if it could not be written.
+    """
+    saved = True
     try:
         if save and run.state["step"]:
             save_checkpoint(run)
     except TrainingError as problem:
-        reason = f"{reason}; {problem}"
+        reason, saved = f"{reason}; {problem}", False
     newest = checkpoints(run.folder)[-1:]
     kept = f"{newest[0].name} is whole" if newest else "no checkpoint yet"
     launch = "python" if world() == 1 else "accelerate launch"
     if rank() == 0:
         print(f"\noisd: {reason}; {kept}; continue by: {launch} oisd.py --resume {run.folder}", file=sys.stderr)
+    return saved
 
 
 # ----------------------------------------------------- Log ------------------------------------------------------------

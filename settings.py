@@ -1,7 +1,8 @@
 """Settings of a program: a pydantic dataclass, filled from its defaults, TOML tables and a command line.
 
 The comment beside a field of the dataclass is its line in `--help`, a comment on a line of its own the heading of those
-that follow. Every mistake is a `UserError` of one line that names the field, the value and the fix.
+that follow. Every mistake is a `UserError` of one line that names the field, the value and the fix. One setting, the
+seed, becomes all others by `derive_seed`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def first_line(problem: BaseException) -> str:
+def one_line(problem: BaseException) -> str:
     """What a library's error says, on one line and short."""
     return " ".join((str(problem) or type(problem).__name__).split())[:300]
 
@@ -81,7 +82,7 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
     except OSError:
         raise UserError(f"--config {address}: there is no file {file!r}") from None
     except ValueError as problem:  # TOML's own errors, and bytes that are no text
-        raise UserError(f"--config {file}: not valid TOML: {first_line(problem)}") from None
+        raise UserError(f"--config {file}: not valid TOML: {one_line(problem)}") from None
     known = [name for name, content in tables.items() if isinstance(content, dict)]
     if not table and len(known) != 1:
         raise UserError(f"--config {address}: name a table, FILE:TABLE, one of {', '.join(known)}")

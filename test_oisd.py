@@ -405,7 +405,7 @@ def test_scores_are_taken_at_the_sampling_temperature():
     config = with_config(temperature=0.6)
     model, rollouts = random_model(), random_rollouts(3)
     batch = oisd.pack(rollouts, config)
-    scores = oisd.TappedModel(model, config)(batch, score_only=True)
+    scores = oisd.TappedModel(model, config)(batch, logprobs_only=True)
     ids = [torch.tensor([r.prompt_ids + r.response_ids]) for r in rollouts]
     logits = [model(input_ids=i).logits[0, len(r.prompt_ids) - 1 : -1] for i, r in zip(ids, rollouts)]
     expected = (torch.cat(logits) / 0.6).log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
@@ -473,7 +473,7 @@ def test_importance_weights_reach_the_loss():
         steps = torch.linspace(-1, 1.5, len(rollout.response_ids))
         rollout.sampler_logprobs = (rollout.old_logprobs - steps).tolist()
     batch, tapped = oisd.pack(rollouts, config), oisd.TappedModel(random_model(), config)
-    logprobs = tapped(batch, score_only=True)
+    logprobs = tapped(batch, logprobs_only=True)
     weights = (batch.old_logprobs - batch.sampler_logprobs).exp().clamp(max=2)
     expected = oisd.policy_loss_sum(logprobs, batch.old_logprobs, batch.advantages, config, weights)
     torch.testing.assert_close(tapped(batch)["token_loss"].detach(), expected, **SINGLE)
@@ -559,7 +559,7 @@ def test_an_empty_micro_batch_adds_exactly_nothing():
     assert all(value == 0 for value in sums.values())
     (sums["token_loss"] + sums["step_loss"]).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
-    assert tapped(oisd.pack([], CONFIG), score_only=True).shape == (0,)
+    assert tapped(oisd.pack([], CONFIG), logprobs_only=True).shape == (0,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -584,8 +584,8 @@ def test_packed_is_alone_is_padded(family, attention):
     rollouts = random_rollouts()
     model = random_model(family, attention=attention)
     tapped = oisd.TappedModel(model, CONFIG)
-    packed = tapped(oisd.pack(rollouts, CONFIG), score_only=True)
-    alone = [tapped(oisd.pack([rollout], CONFIG), score_only=True) for rollout in rollouts]
+    packed = tapped(oisd.pack(rollouts, CONFIG), logprobs_only=True)
+    alone = [tapped(oisd.pack([rollout], CONFIG), logprobs_only=True) for rollout in rollouts]
     torch.testing.assert_close(packed, torch.cat(alone), **SINGLE)
     width = max(rollout.length for rollout in rollouts)
     padded, model = [], random_model(family)

@@ -87,7 +87,7 @@ def test_bad_input_gets_one_line(arguments, message, toy, tmp_path, monkeypatch,
 def test_a_missing_package_is_named_first(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inputs, "find_spec", lambda name: None)
     for words, message in (
-        (["--attention", "flash_attention_2", "--dtype", "bfloat16"], "need flash_attn"),
+        (["--attention", "flash_attention_2", "--dtype", "bfloat16"], "need flash-attn"),
         (["--lora_rank", "4"], "need peft"),
         (["--tracker", "wandb"], "need wandb"),
     ):

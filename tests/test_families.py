@@ -88,7 +88,7 @@ def test_training_draws_no_dropout(tmp_path):
         config = dataclasses.replace(CONFIG, model=str(tmp_path / family))
         model = oisd.TappedModel(oisd.load_model(config)[0], config)
         batch = oisd.pack(made_rollouts(), config)
-        train, score = (model.train(mode)(batch, score_only=True) for mode in (True, False))
+        train, score = (model.train(mode)(batch, logprobs_only=True) for mode in (True, False))
         assert torch.equal(train, score)
 
 

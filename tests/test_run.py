@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 import laptop
 import oisd
 import plumbing
-from settings import toml_table
+from settings import UserError, toml_table
 
 
 def test_sampling_depends_on_the_sequences_seed_alone(toy):
@@ -291,15 +291,28 @@ def test_a_signal_while_ranks_gather_is_not_lost(monkeypatch):
             signals.check()
 
 
+SLOW = """
+import sys, time, pathlib, oisd
+def wait(problems, step, config):
+    pathlib.Path(config.output_dir, "waiting").touch()
+    time.sleep(600)
+oisd.step_problems = wait
+sys.exit(oisd.main(sys.argv[1:]))
+"""
+
+
 def test_a_second_signal_leaves_at_once(toy, tmp_path):
+    """The first waits for the end of the rollouts, here for ever; one that follows within a second changes nothing."""
     run = tmp_path / "run"
-    process = start_run(toy_arguments(toy, run, num_steps=10_000, prompts_per_step=512, mini_batch_prompts=512))
-    wait_for(run / "config.toml", process)
-    time.sleep(1)
-    for _ in range(2):
+    command = [sys.executable, "-c", SLOW, *toy_arguments(toy, run)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_for(run / "waiting", process)
+    for pause in (0.2, 1.5):
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.5)
-    process.communicate(timeout=10)
+        time.sleep(pause)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert "once more to leave at once" in process.communicate(timeout=10)[1]
     assert process.returncode == 128 + signal.SIGTERM and plumbing.checkpoints(run) == []
 
 
@@ -316,3 +329,25 @@ def test_adapters_of_transposed_layers_are_exported_merged(toy, tmp_path):
     missing, unexpected = plain.load_state_dict(merged, strict=False)
     assert unexpected == [] and missing == ["lm_head.weight"]  # tied
     torch.testing.assert_close(plain.eval()(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_held_out_scores_survive_resumption(toy, tmp_path, monkeypatch):
+    """The last step's score is in its checkpoint, and one that a signal has prevented is made up for."""
+    run = tmp_path / "run"
+    assert oisd.main(toy_arguments(toy, run, num_steps=2, checkpoint_every=2, eval_every=1)) == 0
+    with monkeypatch.context() as patch:
+        log = plumbing.log_metrics
+        patch.setattr(plumbing, "log_metrics", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or log(*a))
+        assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 128 + signal.SIGTERM
+    assert list(json.loads((run / "held_out.json").read_text())) == ["0", "1", "2"]
+    assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 0
+    scores = json.loads((run / "held_out.json").read_text())
+    assert list(scores) == ["0", "1", "2", "3", "4"] and scores["0"]["problems"] == 7
+
+
+def test_the_laptops_model_is_not_made_over_another_folder(tmp_path):
+    (tmp_path / "tiny_model").mkdir()
+    (tmp_path / "tiny_model" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="stands in the way"):
+        laptop.make(tmp_path / "tiny_model")
+    assert (tmp_path / "tiny_model" / "thesis.tex").exists()

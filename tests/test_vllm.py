@@ -56,7 +56,7 @@ def probe_vllm(folder):
     def gap():
         rollouts = in_order(sampler.stream(prompts * 8, list(range(len(prompts) * 8))), prompts * 8)
         with torch.no_grad():
-            trainer = tapped(oisd.pack(rollouts, config), score_only=True)
+            trainer = tapped(oisd.pack(rollouts, config), logprobs_only=True)
         differences = trainer - torch.tensor([value for r in rollouts for value in r.sampler_logprobs])
         return differences.abs().max().item(), [r.response_ids for r in rollouts]
 

@@ -182,7 +182,7 @@ def compare(tapped: oisd.TappedModel, plain: PreTrainedModel) -> dict[str, float
     logprobs, sampled, loss = truth(plain.eval(), rollouts, config)
     loss.backward()
     tapped.train()
-    scores = tapped(batch, score_only=True)
+    scores = tapped(batch, logprobs_only=True)
     found = {"log-probs": (scores - logprobs).abs().max().item(), "attention": 0.0}
     with torch.no_grad():
         tapped.hidden_states(batch)

@@ -13,6 +13,7 @@ and cache (VLLM_WORKS, and VLLM_SLEEPS while it sleeps), and RESERVE for the CUD
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import sys
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inputs
 import oisd
 from oisd import Config, Rollout, TappedModel
-from settings import UserError, first_line
+from settings import UserError, one_line
 
 CARDS = (24, 40, 80, 141)  # GB, as cards are named: 10^9 bytes
 RESERVE = 1.5e9  # bytes
@@ -137,7 +138,7 @@ def plan(config: Config, gpus: int) -> Plan:
         optimizer = 8 * sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
         logits = logits_bytes(config, model)
     except RuntimeError as problem:  # of a kernel whose form without numbers knows less: experts' products in float32
-        raise UserError(f"{config.model} cannot be traced in {config.dtype}: {first_line(problem)}") from None
+        raise UserError(f"{config.model} cannot be traced in {config.dtype}: {one_line(problem)}") from None
     finally:
         dist.destroy_process_group()
     host = 0
@@ -148,7 +149,7 @@ def plan(config: Config, gpus: int) -> Plan:
     parts = {part: sum(int(peak.get(kind, 0)) for kind in kinds) for part, kinds in PARTS.items()}
     parts |= {"optimizer": optimizer, "logits chunk": logits}
     parts["activations, rest"] = total - sum(parts.values())
-    longest = config.max_prompt_tokens + config.max_response_tokens
+    longest = config.longest
     tokens = config.prompts_per_step * config.group_size * longest
     flops = step_flops(counter.get_total_flops(), real.lengths, config, model) / sum(real.lengths) * tokens
     resident, vllm_least = parts["parameters"] + optimizer, vllm_bytes(longest, config, model)
@@ -238,14 +239,13 @@ def parse_gpus(words: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`--gpus` and the trainer's own words."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", help="how many, like 4, or machines and GPUs of each, like 2x8")
+    options, words = parser.parse_known_args(arguments)
     try:
-        if "--gpus" not in words[:-1]:
+        if not options.gpus:
             raise UserError("--gpus is missing: how many, like 4, or machines and GPUs of each, like 2x8")
-        at = words.index("--gpus")
-        gpus = words[at + 1]
-        del words[at : at + 2]
-        print(report(*oisd.load_config(words), gpus))
+        print(report(*oisd.load_config(words), options.gpus))
     except UserError as problem:
         print(f"plan: error: {problem}", file=sys.stderr)
         return 2

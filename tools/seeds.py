@@ -65,4 +65,6 @@ def main(count):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 2:
+        sys.exit("how many seeds? at least 2: python tools/seeds.py 3")
     main(int(sys.argv[1]))
