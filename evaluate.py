@@ -250,7 +250,7 @@ def make_sampler(config: Config, tokenizer, device: torch.device):
 
 
 def draw(sampler, tasks: Sequence[tuple], run: str, config: Config, tokenizer, folder: Path) -> None:
-    """Append a line for each sample of this rank's share of (key, problem) as it is finished, with hf batch by batch."""
+    """Append a line for each sample of this rank's share of (key, problem) as it is finished; hf: batch by batch."""
     engines, engine = oisd.world() // config.tensor_parallel, oisd.rank() // config.tensor_parallel
     tasks = tasks[engine::engines]
     # The ranks of an engine draw the same samples; the first one's count.
