@@ -1,6 +1,11 @@
-"""Sums that SmolLM2-135M-Instruct gets right now and then: write train.jsonl and test.jsonl into a folder.
+r"""Sums that SmolLM2-135M-Instruct gets right now and then: write train.jsonl and test.jsonl into a folder.
 
     python tools/easy_sums.py easy_sums
+
+    python oisd.py --config configs.toml:smollm2_135m --train_data easy_sums/train.jsonl \
+        --test_data easy_sums/test.jsonl --question_field question --answer_field answer --prompts_per_step 4 \
+        --group_size 8 --mini_batch_prompts 4 --max_response_tokens 12 --learning_rate 1e-5 \
+        --num_steps 24 --gradient_checkpointing false --eval_samples 4
 
 A question is a list of chat messages with one worked example, which teaches the box; the test sums are not in training.
 """
