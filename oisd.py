@@ -1,4 +1,4 @@
-"""OISD: On-Policy Internal Self-Distillation of language models (arXiv 2605.29089), in one file.
+"""OISD: On-Policy Internal Self-Distillation of language models (arXiv 2605.29089), the whole method in one file.
 
 A language model answers maths problems, right answers are rewarded, and GRPO raises their probability. OISD adds two
 losses on the same rollouts, from the same forward pass: the final layer teaches one intermediate layer `l`
@@ -26,7 +26,8 @@ ones push it away. The final layer alone acts; nothing is added to inference. On
 Where the paper leaves a choice, this file takes: the lens with the final norm; the gradient of L_think into head and
 norm too; tau = c = 1; 64 decoding steps per rollout, evenly spaced instead of drawn, so that any split into batches
 agrees; 64 local and at most 64 strided keys; heads matched by index; N and S counted over the whole optimizer step; old
-log-probs recomputed by the trainer. The README's table of deviations gives the source of each.
+log-probs recomputed by the trainer. The README's table of deviations gives the source of each. What any trainer has
+stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py` reads settings.
 
 Dimensions, single capitals throughout:
     B prompts   G rollouts per prompt   T tokens of a packed micro-batch   N response tokens   V vocabulary
