@@ -115,7 +115,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, kind: type, name: str, description: str, fields: Sequence[str] = ()):
         formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=120, max_help_position=26)
-        super().__init__(name, description=description, allow_abbrev=False, formatter_class=formatter)
+        usage = "%(prog)s [--option value ...]"
+        super().__init__(name, usage, description, allow_abbrev=False, formatter_class=formatter)
         self.kind, docs, groups, types = kind, field_docs(kind), {}, field_types(kind)
         for entry in dataclasses.fields(kind):
             if fields and entry.name not in fields:
