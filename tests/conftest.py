@@ -108,7 +108,7 @@ def start_run(arguments):
 
 def wait_for(path, process):
     """Until the file exists; fails when the process has ended, with what it said."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not path.exists():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.1)

@@ -140,7 +140,7 @@ def test_a_signal_leaves_a_checkpoint(toy, tmp_path, number):
     process = start_run(toy_arguments(toy, run, num_steps=10_000, checkpoint_every=0))
     wait_for(run / "metrics.jsonl", process)
     process.send_signal(number)
-    shown = process.communicate(timeout=60)[0]
+    shown = process.communicate(timeout=240)[0]
     assert process.returncode == 128 + number, shown
     assert "continue by: python oisd.py --resume" in shown and "Traceback" not in shown
     steps = len(read_metrics(run))
@@ -252,7 +252,7 @@ def test_a_full_disk_costs_the_checkpoint_and_no_more(toy, tmp_path):
     run = tmp_path / "run"
     assert oisd.main(toy_arguments(toy, run, num_steps=2)) == 0
     words = [sys.executable, "-c", FULL_DISK, "200000", "--resume", str(run), "--num_steps", "4"]
-    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert shown.returncode == 1 and "Traceback" not in shown.stderr, shown.stderr
     assert "the checkpoint of step 4 was not written" in shown.stderr and "step_000002 is whole" in shown.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
@@ -312,7 +312,7 @@ def test_a_second_signal_leaves_at_once(toy, tmp_path):
         time.sleep(pause)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert "once more to leave at once" in process.communicate(timeout=10)[1]
+    assert "once more to leave at once" in process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM and plumbing.checkpoints(run) == []
 
 

@@ -30,7 +30,7 @@ def test_the_program_with_vllm(toy, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
     run = tmp_path / "run"
     process = start_run(toy_arguments(toy, run, sampler="vllm", num_steps=3, learning_rate=1e-2))
-    shown = process.communicate(timeout=300)[0]
+    shown = process.communicate(timeout=600)[0]
     assert process.returncode == 0, shown[-3000:]
     assert "Failed to load weights" not in shown  # of the tied head, which has none of its own
     assert all(row["sampler_logprob_gap"] < 1e-3 for row in read_metrics(run))
@@ -40,7 +40,7 @@ def test_the_program_with_vllm(toy, tmp_path):
 def run_probe(folder, cwd):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, str(folder)]
-    probe = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=env)
+    probe = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, env=env)
     assert probe.returncode == 0, probe.stdout[-3000:] + probe.stderr[-3000:]
     return json.loads(probe.stdout.strip().splitlines()[-1])
 
