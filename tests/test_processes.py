@@ -25,6 +25,7 @@ from accelerate import Accelerator
 Accelerator.end_training = lambda self: None  # the group serves all runs
 for words in json.loads(sys.argv[1]):
     assert oisd.main(words) == 0, words
+oisd.program(lambda: 0)
 """
 RUNS = {  # name: toy, settings
     "tied": ("toy", {}),
@@ -159,7 +160,9 @@ def failing(self, *work):
 oisd.Grader.grade = failing
 assert oisd.train_step(run)["grader_failures"] == 1  # those of all ranks
 oisd.say(f"norm {norm!r}")
+run.grader.close()
 run.accelerator.end_training()
+oisd.program(lambda: 0)
 """
 
 
