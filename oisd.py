@@ -1428,8 +1428,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def program(main: Callable[[], int] = main) -> None:
     """`main` as a program. One of several ranks leaves without Python's own end.
 
-    After an error that would wait for the others, and they for this one; so the launcher sees it gone and ends them. And
-    on a loaded machine it can abort in gloo's threads, when all is saved already.
+    After an error that would wait for the others, and they for this one; so the launcher sees it gone and ends them.
+    And on a loaded machine it can abort in gloo's threads, when all is saved already.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
