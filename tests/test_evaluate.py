@@ -12,7 +12,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from conftest import PAPER_DATA, ROOT, make_toy
+from conftest import PAPER_DATA, ROOT, make_toy, needs_paper_data
 
 import evaluate
 import inputs
@@ -337,7 +337,7 @@ def test_compare_is_paired_by_problem(toy, whole, tmp_path, capsys):
     assert "not the same problems" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not PAPER_DATA.exists(), reason="the paper's data sets are not part of the repository")
+@needs_paper_data
 def test_the_built_in_benchmarks_are_the_known_problems(toy):
     """With good golds, all of them; each is refused when it is given as another."""
     files = {"amc23": "amc2023", "math500": "math500", "aime24": "aime_2024", "aime25": "aime_2025"}
