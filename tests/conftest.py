@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as oisd.py sets it, but torch is loaded here first
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
