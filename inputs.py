@@ -187,11 +187,13 @@ def read_model_config(config: Config) -> PreTrainedConfig:
         raise UserError(
             f"model = {config.model!r} is a {found.model_type}, no plain language model: name its text model"
         )
-    if config.student_layer >= layers:
+    if max(config.student_layers, default=0) >= layers:
         raise UserError(
             f"student_layer = {config.student_layer}, but {config.model} has {layers} layers and the last one is the "
             f"teacher; the student is one of 1 to {layers - 1}"
         )
+    if config.policy_layer >= layers:
+        raise UserError(f"policy_layer = {config.policy_layer}, but {config.model} has {layers} layers; 0 is the last")
     if positions and config.longest > positions:
         raise UserError(
             f"max_prompt_tokens + max_response_tokens = {config.longest} exceed the {positions} positions of "
@@ -308,14 +310,15 @@ def check_alone(tapped: TappedModel, rows: list[list[int]]) -> list[Tensor]:
 
     config, tolerance = tapped.config, check_tolerance(tapped)
     logits = [plain_logits(row) for row in rows]
-    gap = deviation(tapped.lens(tapped.teacher_tap.hidden[0]), logits[1])
+    gap = deviation(tapped.lens(tapped.taps[-1].hidden[0]), logits[1])
     if tapped.model.get_output_embeddings().bias is not None or not gap <= 1e-5:
         raise UserError(f"has a head that does more than unembed: its logits are off by {gap:.2g}, or it adds a bias")
     common = len(rows[0]) - 1
     if not deviation(logits[0][:common], logits[1][:common]) <= tolerance:
         raise UserError("is not causal: a token changes the predictions before it")
-    both = {config.student_layer: tapped.student_tap, len(tapped.layers): tapped.teacher_tap}
-    for layer, tap in both.items():
+    chosen = config.student_layers or range(1, len(tapped.layers))  # all may become the student of "auto"
+    compared = {layer: tapped.taps[layer - 1] for layer in (*chosen, len(tapped.layers))}
+    for layer, tap in compared.items():
         if tap.query is None:
             raise UserError(f"has no attention in layer {layer} that a tap sees")
     window = tapped.smallest_window
@@ -326,7 +329,7 @@ def check_alone(tapped: TappedModel, rows: list[list[int]]) -> list[Tensor]:
         )
     if window and window <= 128:  # a row that is longer costs little
         plain_logits((rows[1] * window)[: window + 2])
-    for layer, tap in both.items():
+    for layer, tap in compared.items():
         theirs = tap.weights[0].transpose(0, 1)
         gap = (tapped.attention_seen(tap) - theirs / theirs.sum(-1, keepdim=True)).abs().max().item()
         if not gap <= max(tolerance, 1e-4):

@@ -12,6 +12,9 @@ fine-tuning thus teaches how to add *and* how often to slip, as imitating web te
 reproduces both. Reinforcement learning with a verifiable reward can keep the one and unlearn the other. The start is
 weak on purpose and by a known cause: greedy decoding is nearly always right from the beginning, so what RL gains is
 reliability in a skill already present, not a new skill. It tests a program; it says little about real reasoning.
+
+A quarter of the demonstrations show the solution in the prompt, `47+8+5+9=47+8=55,...`, and are always careful: so the
+model can make use of a solution that it is given, as `baselines/opsd.py` takes for granted of its teacher.
 """
 
 import hashlib
@@ -47,7 +50,8 @@ SEED = 0
 SUMMANDS = 4
 TRAIN, TEST = 4096, 512  # problems
 STEPS, CARELESS_STEPS, BATCH, LR = 220, 50, 32, 1e-2  # supervised fine-tuning; the last CARELESS_STEPS see slips
-SLIP = 0.30  # share of steps that go wrong in a careless demonstration
+SLIP = 0.35  # share of steps that go wrong in a careless demonstration
+SHOWN = 0.25  # share of demonstrations whose prompt shows the solution
 VOCABULARY = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *"0123456789+=, }", "\\boxed{"]
 # Of a conversation only user and assistant turns are rendered. System messages are ignored: a model this small knows no
 # words, and needs no instructions for the one thing it does.
@@ -133,7 +137,12 @@ def draw_batch(tokenizer, slip, held_out, rng):
         question = draw_question(rng)
         if question not in held_out:
             questions.append(question)
-    texts = [prompt_of(q, tokenizer) + demonstrate(q, slip, rng) + tokenizer.eos_token for q in questions]
+    texts = []
+    for place, question in enumerate(questions):
+        shown = place < SHOWN * BATCH
+        prompt = f"{question}={demonstrate(question, 0.0, rng)}" if shown else question
+        answer = demonstrate(question, 0.0 if shown else slip, rng)
+        texts.append(prompt_of(prompt, tokenizer) + answer + tokenizer.eos_token)
     ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
     starts = (ids == tokenizer.convert_tokens_to_ids("<assistant>")).int().argmax(dim=1, keepdim=True)
     outside = (torch.arange(ids.shape[1]) <= starts) | (ids == tokenizer.pad_token_id)
@@ -196,7 +205,8 @@ def accuracy(model, tokenizer, questions):
 
 
 def write_problems(path, questions):
-    path.write_text("".join(json.dumps({"question": q, "answer": solve(q)}) + "\n" for q in questions))
+    rows = ({"question": q, "answer": solve(q), "solution": demonstrate(q, 0.0, random.Random(0))} for q in questions)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make(folder=FOLDER):
@@ -329,7 +339,7 @@ class HfSampler:
         was_training = self.model.training
         self.model.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            output = generate() if self.root is None else self.root(task=generate)
+            output = generate() if self.root is None else self.root(generate)
         self.model.train(was_training)
         return [
             (response[: len(logprobs)], logprobs, "stop" if finished else "length")

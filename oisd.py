@@ -40,6 +40,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import heapq
 import itertools
 import json
@@ -57,7 +58,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, ClassVar, Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads soon sleep: beside other work 5 times as fast
 
@@ -65,7 +66,7 @@ import pydantic
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.checkpoint import state_dict as sharded_state
@@ -77,6 +78,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import exploration
 import inputs
 import laptop
 import plumbing
@@ -96,11 +98,15 @@ AtLeastOne = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Word = Annotated[str, pydantic.Field(min_length=1)]
+Layers = Annotated[str, pydantic.Field(pattern=r"^(auto|[1-9]\d*(,[1-9]\d*)+)$")]
+Student = Annotated[AtLeastOne | Layers, pydantic.Field(union_mode="left_to_right")]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
 class Config:
     """Every setting of a run. The comment beside a field is its line in `--help`."""
+
+    program: ClassVar[str] = "oisd.py"
 
     # Model and problems
     model: Word = "tiny_model"  # Hugging Face name or folder of a decoder-only model
@@ -124,7 +130,8 @@ class Config:
     vllm_memory: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.4  # share of the GPU's memory for vLLM
     tensor_parallel: AtLeastOne = 1  # GPUs of one vLLM engine; each engine takes its share of the prompts
     vllm_eager: bool = False  # no CUDA graphs in vLLM; CPU engines are always eager
-    # GRPO
+    # Policy
+    advantage: Literal["grpo", "rloo", "reinforce_pp", "gae", "none"] = "grpo"  # gae, none: see baselines/
     num_steps: Count = 300  # steps of the run; each draws new rollouts
     mini_batch_prompts: AtLeastOne = 32  # prompts per optimizer update
     learning_rate: Positive = 1e-6  # of AdamW, constant
@@ -133,11 +140,15 @@ class Config:
     clip_low: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: NotNegative = 0.2  # and above at 1 + clip_high
     dual_clip: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)] = 10.0  # most loss for A < 0, times |A|
+    policy_layer: Count = 0  # BuPO: at first the policy of this layer is optimised; 0: always the last layer's
+    policy_layer_steps: Count = 0  # BuPO: for so many steps
+    lens_norm: bool = True  # BuPO: read that layer with the final norm
     # OISD
-    student_layer: AtLeastOne = 6  # l, counted from 1; the last layer is the teacher and cannot be the student
+    student_layer: Student = 6  # l, from 1, below the last, the teacher; "6,12": both; "auto": measured at the start
     think_weight: NotNegative = 1.0  # weight of L_think; 0: off
     attention_weight: NotNegative = 0.1  # weight of L_attn; 0: off
     distill_temperature: Positive = 1.0  # tau, temperature of both lens distributions
+    js_clip: NotNegative = 0.0  # most that one word may add to a JS over the vocabulary; 0: off
     advantage_clip: Positive = 1.0  # c, the internal losses weigh by clip(A, -c, c)
     lens_grad: Literal["all", "hidden"] = "all"  # where L_think's gradient goes: all parameters, or not head and norm
     attention_steps: AtLeastOne = 64  # sampled decoding steps per rollout
@@ -170,11 +181,24 @@ class Config:
         if self.prompts_per_step % self.mini_batch_prompts:
             sizes = self.mini_batch_prompts, self.prompts_per_step
             raise UserError("mini_batch_prompts = {} must divide prompts_per_step = {}".format(*sizes))
+        program = {"gae": "baselines/ppo.py", "none": "baselines/opsd.py"}.get(self.advantage, "oisd.py")
+        if program != self.program:
+            raise UserError(f"advantage = {self.advantage!r} is for {program}: launch that instead of {self.program}")
+        if (self.policy_layer > 0) != (self.policy_layer_steps > 0):
+            both = f"policy_layer = {self.policy_layer}, policy_layer_steps = {self.policy_layer_steps}"
+            raise UserError(f"{both}: set both or neither")
+        if self.policy_layer and self.importance_cap:
+            raise UserError("importance_cap compares with the sampler, which policy_layer's policy is not: set it to 0")
         if self.attention == "flash_attention_2" and self.dtype == "float32":
             raise UserError("attention = 'flash_attention_2' computes in bfloat16 only, but dtype = 'float32'")
         if self.max_tokens_per_gpu < self.longest:
             needed = f"max_prompt_tokens + max_response_tokens = {self.longest}"
             raise UserError(f"max_tokens_per_gpu = {self.max_tokens_per_gpu} cannot hold one rollout of {needed}")
+
+    @property
+    def student_layers(self) -> list[int]:
+        """None as long as "auto" has not chosen."""
+        return [] if self.student_layer == "auto" else [int(layer) for layer in str(self.student_layer).split(",")]
 
     @property
     def longest(self) -> int:
@@ -194,30 +218,30 @@ FREE_ON_RESUME = (
 ).split()
 
 
-def load_config(arguments: Sequence[str] | None = None) -> tuple[str, Config]:
+def load_config(arguments: Sequence[str] | None = None, kind: type[Config] = Config) -> tuple[str, Config]:
     """Command line -> name of the run (its table) and its Config: default < `base` < table < command line.
 
-    Raises: UserError with one line that names the field, the value and the fix.
+    `kind`: of Config; a baseline's has more fields. Raises: UserError with one line that names field, value and fix.
     """
-    parser = Parser(Config, "oisd.py", __doc__)
+    parser = Parser(kind, kind.program, sys.modules[kind.__module__].__doc__)
     parser.add_argument("--config", metavar="FILE:TABLE", help="table of a TOML file; its `base` names one underneath")
     given, options = parser.given(arguments)
     folder = given.get("resume")
     if not folder:
-        table, values = read_table(Config, options["config"] or "configs.toml:tiny")
-        return table, Config(**values | given)
+        table, values = read_table(kind, options["config"] or "configs.toml:tiny")
+        return table, kind(**values | given)
     if options["config"]:
         raise UserError("--resume takes the settings of the run itself: leave --config out")
     if not (Path(folder) / "config.toml").is_file():
         raise UserError(f"--resume: there is no run in {folder}")
     if "output_dir" in given:
         raise UserError("--resume continues in the run's own folder: leave --output_dir out")
-    table, values = read_table(Config, f"{folder}/config.toml:")
-    before = dataclasses.asdict(Config(**values))  # a run of an older version may lack a field
+    table, values = read_table(kind, f"{folder}/config.toml:")
+    before = dataclasses.asdict(kind(**values))  # a run of an older version may lack a field
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != before[name]:
             raise UserError(f"--resume: {name} = {value!r}, but the run in {folder} has {before[name]!r}")
-    return table, Config(**values | given | {"output_dir": folder})
+    return table, kind(**values | given | {"output_dir": folder})
 
 
 # ----------------------------------------------------- Rollouts ------------------------------------------------------
@@ -232,8 +256,9 @@ class Rollout:
     finish_reason: str  # "stop": an EOS token; "length": cut off
     row: int = -1  # of the dataset
     reward: float = 0.0
-    advantage: float = 0.0
+    advantage: float | Tensor = 0.0  # of the response, or (response length,) of each of its tokens
     old_logprobs: Tensor | None = None  # (response length,), of the trainer before any update
+    notes: dict[str, Any] = field(default_factory=dict)  # what a baseline keeps with it
 
     @property
     def length(self) -> int:
@@ -375,6 +400,18 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     (B * G,) -> (B * G,). A group of equal rewards gives exactly 0: its std can be a rounding error, not a scale.
     Raises: ValueError for a length that is no multiple of group_size, a group of 1, or rewards that are not finite.
     """
+    groups, centered = centered_groups(rewards, group_size)
+    return (centered / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+
+
+def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """RLOO: each reward less the mean of the other G - 1 in its group. Shapes, equal rewards, errors as for GRPO."""
+    _, centered = centered_groups(rewards, group_size)
+    return (centered * (group_size / (group_size - 1))).flatten()
+
+
+def centered_groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """-> rewards by group (B, G), and less their group's mean, exactly 0 in a group that agrees."""
     rewards = torch.as_tensor(rewards)
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     if rewards.ndim != 1 or group_size < 2 or len(rewards) % group_size:
@@ -382,9 +419,32 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     if not rewards.isfinite().all():
         raise ValueError("a reward is not finite")
     groups = rewards.view(-1, group_size)
-    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
     agree = (groups == groups[:, :1]).all(1, keepdim=True)
-    return advantages.masked_fill(agree, 0.0).flatten()
+    return groups, (groups - groups.mean(1, keepdim=True)).masked_fill(agree, 0.0)
+
+
+def whiten(values: Tensor, counts: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over all tokens of a step, the i-th value being that of `counts[i]` of them.
+
+    REINFORCE++ whitens rewards so, PPO its advantages. (n,), (n,) -> (n,). Unbiased variance; 0 where all agree.
+    """
+    values, counts = values.double(), counts.double()
+    mean = (counts * values).sum() / counts.sum()
+    variance = (counts * (values - mean) ** 2).sum() / (counts.sum() - 1).clamp(min=1)
+    agree = (values == values[0]).all()
+    return ((values - mean) / (variance + 1e-8).sqrt()).masked_fill(agree, 0.0).float()
+
+
+def set_advantages(run: Run, rollouts: Sequence[Rollout]) -> None:
+    """Set the `advantage` of a whole step's rollouts from their rewards, by the estimator of the config."""
+    rewards = torch.tensor([rollout.reward for rollout in rollouts])
+    if run.config.advantage == "reinforce_pp":
+        advantages = whiten(rewards, torch.tensor([len(rollout.response_ids) for rollout in rollouts]))
+    else:
+        estimator = {"grpo": group_advantages, "rloo": leave_one_out_advantages}[run.config.advantage]
+        advantages = estimator(rewards, run.config.group_size)
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
+        rollout.advantage = advantage
 
 
 def sample_attention_steps(response_length: int, steps: int) -> list[int]:
@@ -415,6 +475,7 @@ def sample_attention_keys(positions: Tensor, window: int, strided: int) -> tuple
 class PackedBatch:
     """Rollouts end to end in one row of tokens, without padding; the query at t - 1 predicts the token at t."""
 
+    rollouts: Sequence[Rollout]
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T), from 0 in each rollout
     borders: Tensor  # (rollouts + 1,) int32, where each rollout starts, and T
@@ -439,28 +500,33 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
 
     Without rollouts the row is one token and no response, N = S = 0: a rank that has nothing to do still takes part.
     """
-    row, positions, borders, predicted, queries, old = [], [], [0], [], [], []
+    row, positions, borders, predicted, queries = [], [], [0], [], []
+    advantages, query_advantages, old = [], [], []  # a tensor per rollout
     for rollout in rollouts or [Rollout([0], [], [], "stop")]:
         first, count = len(row) + len(rollout.prompt_ids), len(rollout.response_ids)  # of its response tokens
         row += rollout.prompt_ids + rollout.response_ids
         positions += range(rollout.length)
         borders.append(len(row))
         predicted += range(first, first + count)
-        queries += [first - 1 + step for step in sample_attention_steps(count, config.attention_steps)]
+        steps = sample_attention_steps(count, config.attention_steps)
+        queries += [first - 1 + step for step in steps]
+        advantages.append(torch.as_tensor(rollout.advantage).expand(count))
+        query_advantages.append(advantages[-1][steps])
         old.append(torch.zeros(count) if rollout.old_logprobs is None else rollout.old_logprobs)
     row, predicted, integers = torch.tensor(row), torch.tensor(predicted, dtype=torch.long), {"dtype": torch.long}
     batch = PackedBatch(
+        rollouts=rollouts,
         input_ids=row[None],
         position_ids=torch.tensor([positions]),
         borders=torch.tensor(borders, dtype=torch.int32),
         lengths=[end - start for start, end in itertools.pairwise(borders)],
         predicted=predicted,
         target_ids=row[predicted],
-        advantages=torch.tensor([r.advantage for r in rollouts for _ in r.response_ids]),
+        advantages=torch.cat(advantages),
         old_logprobs=torch.cat(old),
         sampler_logprobs=torch.tensor([value for rollout in rollouts for value in rollout.sampler_logprobs]),
         queries=torch.tensor(queries, **integers),
-        query_advantages=torch.tensor([r.advantage for r in rollouts for _ in range(sampled_steps(r, config))]),
+        query_advantages=torch.cat(query_advantages),
     )
     moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return dataclasses.replace(batch, **moved)
@@ -587,9 +653,22 @@ class TappedModel(nn.Module):
             raise UserError(f"{type(model).__name__} is no stack of decoder layers with one final norm")
         self.norm_name, self.layers = norms[0], list(stacks[0])  # a plain list: their parameters are the model's
         self.taps = [self.tap(layer) for layer in self.layers]
-        self.student_tap, self.teacher_tap = self.taps[config.student_layer - 1], self.taps[-1]
+        self.policy_layer = 0  # of BuPO's first steps; 0: the last layer's policy is optimised
         # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
         self.logit_scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1)
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """What is sharded on its own."""
+        return self.layers
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Of the optimizer; gradients are clipped by group."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    @property
+    def student_taps(self) -> list[Tap]:
+        return [self.taps[layer - 1] for layer in self.config.student_layers]
 
     @staticmethod
     def tap(layer: nn.Module) -> Tap:
@@ -645,21 +724,27 @@ class TappedModel(nn.Module):
         return F.linear(self.lens_hidden(hidden), self.head)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The decoder over a packed row; fills two taps. -> final hidden states, as the head takes them: (T, D)."""
-        with self.recording(self.student_tap, self.teacher_tap, packed=True):
-            output = self.model.get_decoder()(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                # Transformers builds no T x T mask where it is handed one of four dimensions; no kernel looks at it.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
-                use_cache=False,
-                cu_seq_lens_q=batch.borders,
-                cu_seq_lens_k=batch.borders,
-                max_length_q=max(batch.lengths),
-                max_length_k=max(batch.lengths),
-                lengths=batch.lengths,
-            )
-        return self.scaled(output.last_hidden_state[0])
+        """The decoder over a packed row; fills taps. -> final hidden states, as the head takes them: (T, D)."""
+        inner = [self.taps[self.policy_layer - 1]] if self.policy_layer else []
+        with self.recording(*self.student_taps, *inner, self.taps[-1], packed=True):
+            return self.scaled(self.decode(self.model.get_decoder(), batch))
+
+    @staticmethod
+    def decode(decoder: nn.Module, batch: PackedBatch) -> Tensor:
+        """Any decoder of this architecture over a packed row -> (T, D)."""
+        output = decoder(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            # Transformers builds no T x T mask where it is handed one of four dimensions; no kernel looks at it.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+            use_cache=False,
+            cu_seq_lens_q=batch.borders,
+            cu_seq_lens_k=batch.borders,
+            max_length_q=max(batch.lengths),
+            max_length_k=max(batch.lengths),
+            lengths=batch.lengths,
+        )
+        return output.last_hidden_state[0]
 
     def attention_seen(self, tap: Tap) -> Tensor:
         """What the losses make of a tap that has recorded one sequence, over all keys: -> (T, H, T). For checks."""
@@ -672,58 +757,69 @@ class TappedModel(nn.Module):
         rollouts = [Rollout(row[:1], row[1:], [0.0] * (len(row) - 1), "stop") for row in rows]
         return pack(rollouts, self.config, self.head.device)
 
-    def forward(self, batch: PackedBatch | None = None, logprobs_only: bool = False, task: Callable | None = None):
-        """Log-probs of the response tokens (N,) with `logprobs_only`, else the sums of `losses`.
+    def forward(self, task: Callable, *arguments):
+        """`task(*arguments)`: a method below, or generation. Only here a sharded model's weights are whole."""
+        with torch.autocast(self.head.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return task(*arguments)
 
-        A `task` is other work with the weights, such as generation, done here because a sharded model has them nowhere
-        else.
-        """
-        if task is not None:
-            return task()
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.response_logprobs(batch) if logprobs_only else self.losses(batch)
+    def policy_hidden(self, final_hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """What the optimised policy reads, (N, D): the last layer, or in BuPO's first steps an inner one."""
+        if not self.policy_layer:
+            return final_hidden
+        hidden = self.taps[self.policy_layer - 1].hidden[0, batch.predicted - 1]
+        return self.lens_hidden(hidden) if self.config.lens_norm else self.scaled(hidden)
 
-    def response_logprobs(self, batch: PackedBatch) -> Tensor:
-        final_hidden = self.hidden_states(batch)[batch.predicted - 1].detach()
+    def response_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs of the response tokens, (N,), under the last layer and under the policy that is optimised."""
+        final_hidden = self.hidden_states(batch)[batch.predicted - 1]
+        hidden = {False: final_hidden, True: self.policy_hidden(final_hidden, batch)}
         self.clear_taps()
-        return LensPass.apply(final_hidden, None, None, self.head.detach(), batch, self.config)[3]
+        return tuple(self.read(hidden[inner], batch)[0] for inner in (False, self.policy_layer > 0))
+
+    def read(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Of normed hidden states (N, D), without gradient: log-probs of the response tokens and entropies, (N,)."""
+        stats = LensPass.apply(hidden.detach(), None, None, self.head.detach(), batch, self.config)
+        return stats[3], stats[5]
 
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Sums over the batch's tokens and decoding steps, of losses and metrics.
 
         `token_loss` is L_GRPO + think_weight L_think before its division by N, `step_loss` attention_weight L_attn
-        before its division by S. Both carry gradient; everything else is detached.
+        before its division by S. Both carry gradient; everything else is detached. Several student layers are averaged.
         """
         config = self.config
         final_hidden = self.hidden_states(batch)[batch.predicted - 1]  # (N, D)
-        student_hidden = self.student_tap.hidden[0, batch.predicted - 1]
+        policy_hidden = self.policy_hidden(final_hidden, batch)
+        students = torch.stack([tap.hidden[0, batch.predicted - 1] for tap in self.student_taps])  # (layers, N, D)
         sums = self.attention_losses(batch)
         self.clear_taps()
-        student_hidden = student_hidden if config.think_weight else student_hidden.detach()
-        student_hidden = self.lens_hidden(student_hidden, detach=config.lens_grad == "hidden")
+        students = self.lens_hidden(students, detach=config.lens_grad == "hidden")
+        students = students if config.think_weight else students.detach()
+        teacher_hidden = final_hidden.detach() if self.policy_layer else None  # else it is the policy
         token_loss, policy, think, logprobs, js, entropy, student_entropy = LensPass.apply(
-            final_hidden, student_hidden, None, self.head, batch, config
+            policy_hidden, students, teacher_hidden, self.head, batch, config
         )
-        sums |= {"token_loss": token_loss, "policy_loss": policy, "think_loss": think, "think_js": js.sum()}
-        sums |= {"entropy": entropy.sum(), "student_entropy": student_entropy.sum()}
+        sums |= {"token_loss": token_loss, "policy_loss": policy, "think_loss": think}
+        sums |= {"entropy": entropy.sum(), "student_entropy": student_entropy.mean(0).sum()}
         sums["clip_fraction"] = clipped(logprobs, batch.old_logprobs, batch.advantages, config).sum()
-        return sums | by_sign("think_js", js, batch.advantages)
+        return sums | self.by_layer_and_sign("think_js", js, batch.advantages)
 
     def attention_losses(self, batch: PackedBatch) -> dict[str, Tensor]:
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.attention_weight > 0):
-            js = attention_js(self.student_tap, self.teacher_tap, batch, config)  # (S,)
-            loss = attention_loss_sum(js, batch.query_advantages, config.advantage_clip)
-        js = js.detach()
-        sums = {"step_loss": config.attention_weight * loss, "attention_loss": loss.detach(), "attention_js": js.sum()}
-        return sums | by_sign("attention_js", js, batch.query_advantages)
+            js = torch.stack([attention_js(tap, self.taps[-1], batch, config) for tap in self.student_taps])
+            loss = attention_loss_sum(js.mean(0), batch.query_advantages, config.advantage_clip)
+        sums = {"step_loss": config.attention_weight * loss, "attention_loss": loss.detach()}
+        return sums | self.by_layer_and_sign("attention_js", js.detach(), batch.query_advantages)
 
-
-def by_sign(name: str, values: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """Sums and counts of the values apart for positive and negative advantages."""
-    signs = {"positive": advantages > 0, "negative": advantages < 0}
-    sums = {f"{name}_{sign}": (values * chosen).sum() for sign, chosen in signs.items()}
-    return sums | {f"{name}_{sign}_count": chosen.sum() for sign, chosen in signs.items()}
+    def by_layer_and_sign(self, name: str, js: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+        """Of divergences, (layers, n): sums of their mean over layers, also apart for A > 0 and A < 0, and of each."""
+        layers, mean = self.config.student_layers, js.mean(0)
+        sums = {f"{name}_layer_{layer}": values.sum() for layer, values in zip(layers, js)} if len(layers) > 1 else {}
+        sums[name] = mean.sum()
+        for sign, chosen in {"positive": advantages > 0, "negative": advantages < 0}.items():
+            sums |= {f"{name}_{sign}": (mean * chosen).sum(), f"{name}_{sign}_count": chosen.sum()}
+        return sums
 
 
 # ----------------------------------------------------- Losses --------------------------------------------------------
@@ -789,18 +885,22 @@ def _log_ratios(student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Ten
     return LN2 - F.softplus(difference, threshold=40), LN2 - F.softplus(-difference, threshold=40)
 
 
-def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def js_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, clip: float = 0.0
+) -> Tensor:
     """Jensen-Shannon divergence of Eq. 7, (KL(p||m) + KL(q||m)) / 2, per row, in nats, between 0 and log 2.
 
     (..., V), (..., V) -> (...). Gradient to the student alone; by Appendix A.3.1 it is
-    p/(2 tau) (log(p/m) - KL(p||m)). Logits may be huge or -inf. Raises: ValueError for unequal shapes.
+    p/(2 tau) (log(p/m) - KL(p||m)). Logits may be huge or -inf. `clip`: most that each of the V terms adds, as in
+    OPSD's code; 0: no limit. Raises: ValueError for unequal shapes.
     """
-    if student_logits.shape != teacher_logits.shape:
+    if student_logits.shape[-2:] != teacher_logits.shape[-2:]:
         raise ValueError(f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} differ")
     student = _log_softmax(student_logits, temperature)
     teacher = _log_softmax(teacher_logits.detach(), temperature)
     student_ratio, teacher_ratio = _log_ratios(student, teacher)
-    return ((student.exp() * student_ratio).sum(-1) + (teacher.exp() * teacher_ratio).sum(-1)) / 2
+    terms = (student.exp() * student_ratio + teacher.exp() * teacher_ratio) / 2
+    return (terms.clamp(max=clip) if clip else terms).sum(-1)
 
 
 def attention_scores(tap: Tap, queries: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
@@ -848,7 +948,7 @@ def dense_token_stats(
     policy_logits, student_logits = F.linear(policy_hidden, head), F.linear(student_hidden, head)
     policy = _log_softmax(policy_logits, config.temperature)
     student = _log_softmax(student_logits, config.distill_temperature)
-    js = js_divergence(student_logits, policy_logits, config.distill_temperature)
+    js = js_divergence(student_logits, policy_logits, config.distill_temperature, config.js_clip)
     entropy, student_entropy = (-(p.exp() * p).sum(-1).detach() for p in (policy, student))
     return policy.gather(1, target_ids[:, None])[:, 0], js, entropy, student_entropy
 
@@ -865,11 +965,11 @@ class LensPass(torch.autograd.Function):
     So the backward pass has only to scale what is already there, and no logits outlive their chunk: six products with
     the head in all, where recomputing the logits in the backward pass would take eight.
 
-    `apply(policy_hidden (N, D), student_hidden, teacher_hidden, head (V, D), batch, config)`, hidden states normed. The
-    teacher is the policy where it is None, as in OISD; a foreign one, such as the model that has seen the solution, may
-    teach instead. Without a student there is no lens, as in scoring. -> the token loss, with gradient to policy,
-    student and head (no second derivative); and, detached, both losses apart, then log-probs, JS, entropy and student
-    entropy, each (N,).
+    `apply(policy_hidden (N, D), student_hidden (layers, N, D), teacher_hidden (N, D), head (V, D), batch, config)`,
+    hidden states normed. The teacher is the policy where it is None, as in OISD; another, such as the model that has
+    seen the solution, may teach instead. Without students there is no lens, as in scoring. -> the token loss, with
+    gradient to policy, students and head (no second derivative); and, detached, both losses apart, then log-probs (N,),
+    JS (layers, N), entropy (N,), student entropy (layers, N).
     """
 
     @staticmethod
@@ -884,7 +984,7 @@ class LensPass(torch.autograd.Function):
             head_grad = torch.zeros_like(head, dtype=exact) if ctx.needs_input_grad[3] else None
             for start in range(0, max(N, 1), config.lens_chunk_tokens):  # once without tokens: gradients are then 0
                 rows = slice(start, start + config.lens_chunk_tokens)
-                chunk = [None if h is None else h[rows] for h in inputs]
+                chunk = [None if h is None else h[..., rows, :] for h in inputs]
                 chunk_sums, chunk_stats, deltas = lens_chunk(*chunk, weight, batch, rows, config)
                 sums = [total + value for total, value in zip(sums, chunk_sums)]
                 stats.append(chunk_stats)
@@ -892,12 +992,12 @@ class LensPass(torch.autograd.Function):
                     if grads[index] is None or delta is None:
                         continue
                     delta = delta.to(dtype)
-                    grads[index][rows] = delta @ weight
+                    grads[index][..., rows, :] = delta @ weight
                     if head_grad is not None and (index == 0 or config.lens_grad == "all"):
-                        head_grad += delta.T @ inputs[index][rows]
+                        head_grad += delta.flatten(0, -2).T @ chunk[index].flatten(0, -2)
         ctx.save_for_backward(*grads, head_grad)
         ctx.dtypes = policy_hidden.dtype, None if student_hidden is None else student_hidden.dtype, head.dtype
-        outputs = *sums, *(torch.cat(column) for column in zip(*stats))
+        outputs = *sums, *(torch.cat(column, dim=-1) for column in zip(*stats))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -909,17 +1009,17 @@ class LensPass(torch.autograd.Function):
 
 
 def lens_chunk(policy_hidden, student_hidden, teacher_hidden, weight, batch, rows, config):
-    """A chunk of `LensPass`: hidden states (n, D), student and teacher may be None, head (V, D).
+    """A chunk of `LensPass`: hidden states of its n tokens, students and teacher may be None; head (V, D).
 
-    -> token loss, policy loss, think loss; log-probs, JS, both entropies (n,); gradients of the token loss by policy
-    and student logits (n, V). The teacher gets none of JS: that omission is the stop-gradient of Eq. 6-7. Works in
-    place where a tensor is not needed again.
+    -> token loss, policy loss, think loss; log-probs, JS, both entropies; gradients of the token loss by the logits of
+    policy, (n, V), and students, (layers, n, V). The teacher gets none of JS: that omission is the stop-gradient of
+    Eq. 6-7. Works in place where a tensor is not needed again.
     """
     T, tau, targets = config.temperature, config.distill_temperature, batch.target_ids[rows, None]
     logits = F.linear(policy_hidden, weight)  # (n, V)
     policy = _log_softmax(logits, T)
     logprobs = policy.gather(1, targets)[:, 0]
-    js, student_entropy = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    js, student_entropy = torch.zeros_like(logprobs)[None], torch.zeros_like(logprobs)[None]
     if student_hidden is not None:
         if teacher_hidden is not None:
             logits = F.linear(teacher_hidden, weight)
@@ -928,8 +1028,13 @@ def lens_chunk(policy_hidden, student_hidden, teacher_hidden, weight, batch, row
         student = _log_softmax(F.linear(student_hidden, weight), tau)
         p = student.exp()
         ratio, teacher_ratio = _log_ratios(student, teacher)
+        if config.js_clip:
+            terms = (p * ratio + teacher.exp() * teacher_ratio) / 2
+            ratio = ratio.masked_fill(terms > config.js_clip, 0.0)  # what is clipped has no gradient
         kl = (p * ratio).sum(-1)  # KL(p^l || m)
         js = (kl + teacher_ratio.mul_(teacher.exp()).sum(-1)) / 2
+        if config.js_clip:
+            js = terms.clamp(max=config.js_clip).sum(-1)
         del teacher, teacher_ratio
         student_entropy = -student.mul_(p).sum(-1)
     with torch.enable_grad():
@@ -942,17 +1047,17 @@ def lens_chunk(policy_hidden, student_hidden, teacher_hidden, weight, batch, row
     policy_delta = policy_p.mul_(-by_logprob[:, None] / T).scatter_add_(1, targets, by_logprob[:, None] / T)
     student_delta = None
     if student_hidden is not None and config.think_weight:
-        student_delta = ratio.sub_(kl[:, None]).mul_(p).mul_(by_js[:, None] / (2 * tau))
+        student_delta = ratio.sub_(kl[..., None]).mul_(p).mul_(by_js[..., None] / (2 * tau))
     sums = token_loss.detach(), policy_loss.detach(), think_loss.detach()
     return sums, (logprobs.detach(), js.detach(), entropy, student_entropy), (policy_delta, student_delta)
 
 
 def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
-    """L_GRPO and L_think of some of a batch's response tokens, before their division by N: (n,), (n,) -> ()."""
+    """L_GRPO and L_think of some response tokens, before their division by N: (n,), (layers, n) -> ()."""
     old, sampled, advantages = batch.old_logprobs[rows], batch.sampler_logprobs[rows], batch.advantages[rows]
     weights = importance_weights(old, sampled, config.importance_cap)
     policy_loss = policy_loss_sum(logprobs, old, advantages, config, weights)
-    return policy_loss, think_loss_sum(js, advantages, config.advantage_clip)
+    return policy_loss, think_loss_sum(js.mean(0), advantages, config.advantage_clip)
 
 
 def _head_dtype(hidden: Tensor) -> torch.dtype:
@@ -973,22 +1078,28 @@ def step_problems(problems: Sequence[Problem], step: int, config: Config) -> lis
     return [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
 
 
+def score(run: Run, rollouts: Sequence[Rollout], read: Callable) -> list[Any]:
+    """`read(batch)`, some tensors (N,) without gradient, of all rollouts in micro-batches; -> those of each rollout."""
+    run.model.eval()
+    found: list[tuple[int, list[Tensor]]] = []
+    for indices in micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]:
+        part = [rollouts[index] for index in indices]
+        with torch.no_grad():
+            read_out = run.model(read, pack(part, run.config, run.accelerator.device))
+        columns = [values.cpu().split([len(rollout.response_ids) for rollout in part]) for values in read_out]
+        found += [(i, [v.clone() for v in values]) for i, values in zip(indices, zip(*columns))]  # a view is sent whole
+    return [values for _, values in sorted(gather(found), key=lambda entry: entry[0])]
+
+
 def set_old_logprobs(run: Run, rollouts: Sequence[Rollout]) -> float:
     """Set `old_logprobs` by the trainer; -> mean |log-prob of the sampler - of the trainer| over tokens, in nats.
 
     Raises: TrainingError past the limit, for then the sampler does not serve the weights that are trained.
     """
-    run.model.eval()
-    found: list[tuple[int, Tensor]] = []
-    for indices in micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]:
-        part = [rollouts[index] for index in indices]
-        with torch.no_grad():
-            logprobs = run.model(pack(part, run.config, run.accelerator.device), logprobs_only=True).cpu()
-        parts = logprobs.split([len(rollout.response_ids) for rollout in part])
-        found += [(index, values.clone()) for index, values in zip(indices, parts)]  # a view is sent with all it views
-    for index, values in gather(found):
-        rollouts[index].old_logprobs = values
-    trainer = torch.cat([rollout.old_logprobs for rollout in rollouts])
+    scores = score(run, rollouts, run.model.response_logprobs)
+    for rollout, (_, logprobs) in zip(rollouts, scores):
+        rollout.old_logprobs = logprobs
+    trainer = torch.cat([logprobs for logprobs, _ in scores])
     sampler = torch.tensor([value for rollout in rollouts for value in rollout.sampler_logprobs])
     gap, limit = (trainer - sampler).abs().mean().item(), run.config.logprob_gap_limit
     if not gap <= limit:
@@ -1010,7 +1121,7 @@ def accumulate_gradients(run: Run, rollouts: Sequence[Rollout], max_tokens: int)
     N = sum(len(rollout.response_ids) for rollout in rollouts)  # of all ranks: each knows all rollouts
     S = sum(sampled_steps(rollout, config) for rollout in rollouts)
     for indices in micro_batches(rollouts, max_tokens, world())[rank() :: world()]:
-        sums = run.model(pack([rollouts[index] for index in indices], config, run.accelerator.device))
+        sums = run.model(run.model.losses, pack([rollouts[i] for i in indices], config, run.accelerator.device))
         loss = sums.pop("token_loss") / N + sums.pop("step_loss") / S
         (world() * loss).backward()
         for name, value in sums.items():
@@ -1028,13 +1139,14 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
     size = config.mini_batch_prompts * config.group_size
     for start in range(0, len(rollouts), size):
         sums = accumulate_gradients(run, rollouts[start : start + size], config.max_tokens_per_gpu)
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all ranks' shards
-        if not torch.isfinite(norm):
-            raise TrainingError(f"the gradient norm is {norm.item()}", weights_whole=not norms)
+        groups = [group["params"] for group in run.optimizer.param_groups]  # the policy's; also a critic's
+        clipped_norms = [nn.utils.clip_grad_norm_(group, config.max_grad_norm) for group in groups]
+        found = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in clipped_norms]  # of all shards
+        if not all(map(torch.isfinite, found)):
+            raise TrainingError(f"the gradient norm is {sum(found).item()}", weights_whole=not norms)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        norms.append(norm.item())
+        norms.append(found[0].item())
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
     return step_means(totals, rollouts, config) | {"grad_norm": statistics.fmean(norms)}
 
@@ -1064,6 +1176,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], config: Config) -> dict[str, fl
 def train_step(run: Run) -> dict[str, Any]:
     """One step of the algorithm in the docstring on top; -> its metrics."""
     config, step, clock = run.config, run.state["step"], [time.perf_counter()]
+    run.model.policy_layer = config.policy_layer if step < config.policy_layer_steps else 0
     # 1, 2: the sampler gets the weights as they are, draws and is put to sleep; graders score
     run.sampler.sync(run.model.model)
     failures = run.grader.timeouts + run.grader.crashes
@@ -1072,11 +1185,9 @@ def train_step(run: Run) -> dict[str, Any]:
     clock.append(time.perf_counter())
     run.signals.check()  # the weights are still those of the last step
     # 3: advantages
-    advantages = group_advantages(torch.tensor([rollout.reward for rollout in rollouts]), config.group_size)
-    for rollout, advantage in zip(rollouts, advantages.tolist()):
-        rollout.advantage = advantage
-    # 4: the trainer's own log-probs, before any update
     plumbing.reset_peak(run.accelerator.device)
+    run.method.set_advantages(run, rollouts)
+    # 4: the trainer's own log-probs, before any update
     gap = set_old_logprobs(run, rollouts)
     # 5 to 10: the updates
     losses = update_policy(run, rollouts)
@@ -1103,43 +1214,8 @@ def train_step(run: Run) -> dict[str, Any]:
 # split: prompts to sample, micro-batches to compute, and, by FSDP2, weights, gradients and optimizer.
 
 
-def check_engines(config: Config, processes: int) -> None:
-    """Raises: UserError unless the processes make up whole vLLM engines."""
-    if processes % config.tensor_parallel:
-        raise UserError(f"tensor_parallel = {config.tensor_parallel} of {processes} processes; launch a multiple of it")
-
-
-def make_accelerator(config: Config, folder: Path, timeout: datetime.timedelta) -> Accelerator:
-    """The process group and this process's device; an Accelerate config with FSDP2 is respected. Raises: UserError.
-
-    `timeout`: of one rank that waits for another; rollouts may take long.
-    """
-    processes, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    check_engines(config, processes)
-    # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
-    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
-    accelerator = Accelerator(
-        cpu=not cuda,  # not on Apple's GPUs
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=folder,
-        # also where a launcher starts a single process
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)] if "RANK" in os.environ else [],
-    )
-    kind, plugin = accelerator.distributed_type.value, getattr(accelerator.state, "fsdp_plugin", None)
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or (plugin and plugin.fsdp_version != 2):
-        raise UserError(f"Accelerate's config asks for {kind}; this program shards by FSDP2 only: set fsdp_version: 2")
-    if cuda:
-        if not dist.is_initialized():  # one GPU is a group of one: the same FSDP2, the same bfloat16
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        cards = gather([str(torch.cuda.get_device_properties(accelerator.device).uuid)])
-        if len(set(cards)) < len(cards):
-            raise UserError(f"several processes share one GPU: {', '.join(cards)}; launch one process per GPU")
-        say(f"GPUs by rank: {', '.join(cards)}")
-    return accelerator
-
-
 def shard(model: TappedModel, mesh: DeviceMesh, config: Config, offload: bool = False, reshard: bool = True) -> None:
-    """FSDP2, in place: each decoder layer is a unit; embeddings, final norm and head are the root's.
+    """FSDP2, in place: each decoder layer is a unit of its own; embeddings, final norm and head are the root's.
 
     Parameters, gradients and their reductions are float32, the computation is in `dtype`. `offload`: all but what is
     being computed lies in the host's memory. `reshard`: a layer's weights are gathered again for its backward pass.
@@ -1150,17 +1226,15 @@ def shard(model: TappedModel, mesh: DeviceMesh, config: Config, offload: bool = 
     policy = {"mesh": mesh, "mp_policy": precision}
     if offload:
         policy["offload_policy"] = CPUOffloadPolicy()
-    for layer in model.layers:
+    for layer in model.units:
         fully_shard(layer, reshard_after_forward=reshard, **policy)
     fully_shard(model, **policy)
 
 
-def load_shards(
-    model: TappedModel, source: PreTrainedModel | None, device: torch.device, offload: bool = False
-) -> None:
+def load_shards(model: TappedModel, source: TappedModel | None, device: torch.device, offload: bool = False) -> None:
     """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
     model.to_empty(device="cpu" if offload else device)
-    weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()} if source is not None else {}
+    weights = source.state_dict() if source is not None else {}
     settings = {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": offload or device.type == "cpu"}
     sharded_state.set_model_state_dict(model, weights, options=sharded_state.StateDictOptions(**settings))
     # Rotary frequencies are in no state dict, and may go by two names: Phi3's longrope keeps what it had at first.
@@ -1168,14 +1242,14 @@ def load_shards(
     dist.broadcast_object_list(buffers)
     for name, buffer in buffers[0].items():
         owner, _, last = name.rpartition(".")
-        model.model.get_submodule(owner)._buffers[last] = buffer.to(device)
-    hold_to_source(model.model, source, device)
+        model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    hold_to_source(model, source, device)
 
 
-def hold_to_source(model: PreTrainedModel, source: PreTrainedModel | None, device: torch.device) -> None:
+def hold_to_source(model: TappedModel, source: TappedModel | None, device: torch.device) -> None:
     """Every parameter and buffer must be what rank 0 has in `source`. Raises: UserError that names the first other."""
 
-    def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    def tensors(model: TappedModel) -> dict[str, Tensor]:
         return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
     loaded, differing = tensors(source) if source is not None else {}, []
@@ -1212,10 +1286,21 @@ def full_weights(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
 
 # ----------------------------------------------------- A run ---------------------------------------------------------
 
+@dataclass(frozen=True)
+class Method:
+    """The places where a baseline of its own differs; `baselines/` has two."""
+
+    config: type[Config] = Config
+    model: type[TappedModel] = TappedModel  # overrides `losses`
+    set_advantages: Callable[[Run, Sequence[Rollout]], None] = set_advantages
+    load_problems: Callable = load_problems
+
+
 @dataclass
 class Run:
     """Everything that `train` works with."""
 
+    method: Method
     config: Config
     folder: Path
     accelerator: Accelerator
@@ -1233,17 +1318,19 @@ class Run:
     lock: IO | None = None  # of the folder, on rank 0
 
 
-def prepare(name: str, config: Config) -> Run:
+def prepare(name: str, config: Config, method: Method = Method()) -> Run:
     """Everything that a run needs, the cheap checks first. Raises: UserError; a new folder is then gone again."""
     inputs.check_packages(config)
     folder, lock = plumbing.open_folder(name, config) if int(os.environ.get("RANK", 0)) == 0 else (None, None)
     try:
-        accelerator = make_accelerator(config, folder or Path("runs"), datetime.timedelta(hours=1))
-        run = assemble(config, gather([folder] if folder else [])[0], accelerator)
+        accelerator = plumbing.make_accelerator(config, folder or Path("runs"), datetime.timedelta(hours=1))
+        run = assemble(config, gather([folder] if folder else [])[0], accelerator, method)
+        if not config.student_layers:
+            choose_student_layer(run)
         if config.resume:
             plumbing.load_checkpoint(run)
         if rank() == 0:
-            resolved = toml_table(name, dataclasses.replace(config, resume=""))
+            resolved = toml_table(name, dataclasses.replace(run.config, resume=""))
             header = f"# oisd {VERSION}, commit {plumbing.commit()}\n"
             plumbing.write_atomically(run.folder / "config.toml", header + resolved)
     except BaseException:
@@ -1254,7 +1341,7 @@ def prepare(name: str, config: Config) -> Run:
     return run
 
 
-def assemble(config: Config, folder: Path, accelerator: Accelerator) -> Run:
+def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Method) -> Run:
     """Data, grader, model, sampler, optimizer. Raises: UserError."""
     if config.model == "tiny_model":  # the laptop default: not to be downloaded, but made
         with accelerator.main_process_first():
@@ -1262,7 +1349,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator) -> Run:
     inputs.read_model_config(config)
     tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():  # the others find its cache
-        problems, too_long = load_problems(config.train_data, tokenizer, config)
+        problems, too_long = method.load_problems(config.train_data, tokenizer, config)
         held_out, left_out = load_problems(config.test_data, tokenizer, config) if config.test_data else ([], 0)
     held_out = held_out[: config.eval_problems or None]
     grader = Grader(workers=config.grader_workers, seconds=config.grader_seconds)
@@ -1270,42 +1357,62 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator) -> Run:
         inputs.check_golds(problems + held_out, grader)
     say(f"{len(problems)} training problems, {too_long} too long; {len(held_out)} held out, {left_out} too long")
     say(f"the first prompt:\n---\n{tokenizer.decode(problems[0].prompt_ids)}\n---")
-    model, sampler, export_dtype, generation_config = prepare_model(config, tokenizer, accelerator)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(  # fused: without temporaries as large as the model
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=accelerator.device.type == "cuda"
-    )
+    model, sampler, export_dtype, generation_config = prepare_model(config, tokenizer, accelerator, method)
+    optimizer = make_optimizer(model, config, fused=accelerator.device.type == "cuda")
     if config.tracker != "none":
         accelerator.init_trackers("oisd", config=dataclasses.asdict(config))
-    millions, trained = (sum(p.numel() for p in some) / 1e6 for some in (model.parameters(), parameters))
+    sizes = [(parameter.numel() / 1e6, parameter.requires_grad) for parameter in model.parameters()]
+    millions, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     trained = f"{millions:.1f} M parameters, {trained:.1f} M of them trained"
-    layers = f"student layer {config.student_layer} of {len(model.layers)}"
-    say(f"{config.model}: {trained}, {layers}, {world()} x {accelerator.device.type}, {config.dtype} -> {folder}")
+    student = f"student layer {config.student_layer} of {len(model.layers)}"
+    say(f"{config.model}: {trained}, {student}, {world()} x {accelerator.device.type}, {config.dtype} -> {folder}")
     state = {"step": 0, "held_out": {}}
     state |= {"train_data": inputs.fingerprint(problems), "test_data": inputs.fingerprint(held_out)}
     parts = accelerator, tokenizer, model, optimizer, sampler, grader, problems, held_out
-    return Run(config, folder, *parts, export_dtype, generation_config, state)
+    return Run(method, config, folder, *parts, export_dtype, generation_config, state)
+
+
+def make_optimizer(model: TappedModel, config: Config, fused: bool) -> torch.optim.AdamW:
+    """AdamW with its state made at once: BuPO's first steps leave layers without, and a checkpoint has all or none.
+
+    `fused`: without temporaries as large as the model.
+    """
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused}
+    optimizer = torch.optim.AdamW(model.parameter_groups(), **settings)
+    for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device if fused else "cpu"), **moments}
+    return optimizer
+
+
+def choose_student_layer(run: Run) -> None:
+    """`student_layer = "auto"`: by the layer rule, on rollouts of the model as it is. Raises: UserError: no layer."""
+    run.sampler.sync(run.model.model)
+    rollouts = sample_rollouts(run, step_problems(run.problems, 0, run.config), 1, "layers", 0)
+    entropies = score(run, rollouts, functools.partial(exploration.ffn_entropies, run.model))
+    layer = exploration.report(torch.cat([torch.stack(e) for e in entropies], dim=1).mean(1), run.folder)
+    run.config = run.model.config = dataclasses.replace(run.config, student_layer=layer)
 
 
 def prepare_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    config: Config, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, method: Method
 ) -> tuple[TappedModel, laptop.HfSampler | VllmSampler, torch.dtype, GenerationConfig]:
     """Load, check, start the engine while the device is empty, then shard. -> also export dtype, generation config."""
     device, sharded = accelerator.device, dist.is_initialized()
     # A source only gives its weights and is checked on the CPU, where FlashAttention does not run.
     plain = dataclasses.replace(config, attention="sdpa") if sharded else config
-    source, export_dtype = load_model(plain) if rank() == 0 else (None, None)
-    facts = []
-    if source is not None:
-        model = TappedModel(source, config)
-        inputs.check_model(model)
-        facts = [(export_dtype, source.generation_config, end_token_ids(source.generation_config, tokenizer))]
+    source, facts = None, []
+    if rank() == 0:
+        loaded, export_dtype = load_model(plain)
+        source = method.model(loaded, config)
+        inputs.check_model(source)
+        facts = [(export_dtype, loaded.generation_config, end_token_ids(loaded.generation_config, tokenizer))]
     export_dtype, generation_config, end_ids = gather(facts)[0]
     if config.sampler == "vllm":
         sampler = VllmSampler(config, end_ids, device)
         sampler.sleep()
     if sharded:
-        model = TappedModel(load_model(config, empty_on="meta")[0], config)
+        model = method.model(load_model(config, empty_on="meta")[0], config)
         plugin = getattr(accelerator.state, "fsdp_plugin", None)  # of the user's Accelerate file
         asked = config.cpu_offload or isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
         offload = device.type == "cuda" and asked
@@ -1313,7 +1420,7 @@ def prepare_model(
         shard(model, init_device_mesh(device.type, (world(),)), config, offload, reshard)
         load_shards(model, source, device, offload)
     else:
-        model.to(device)
+        model = source.to(device)
     model.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k would bias
     if config.sampler == "hf":
         sampler = make_hf_sampler(model.model, end_ids, config, device, model)
@@ -1394,10 +1501,10 @@ def train(run: Run) -> None:
         say(f"grading: {failures} responses ran out of time or memory and scored 0")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """-> exit code: 0, 1 for a TrainingError, 2 for a UserError, 128 + the signal's number."""
+def main(arguments: Sequence[str] | None = None, method: Method = Method()) -> int:
+    """A run. -> exit code: 0, 1 for a TrainingError, 2 for a UserError, 128 + the signal's number."""
     try:
-        run = prepare(*load_config(arguments))
+        run = prepare(*load_config(arguments, method.config), method)
     except UserError as problem:
         print(f"oisd: error: {problem}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import itertools
 import json
@@ -26,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.checkpoint import state_dict as sharded_state
 from tqdm import tqdm
 
@@ -77,6 +79,41 @@ def say(text: str) -> None:
     """To the terminal, once, above the progress bar."""
     if rank() == 0:
         tqdm.write(text)
+
+
+def check_engines(config: Config, processes: int) -> None:
+    """Raises: UserError unless the processes make up whole vLLM engines."""
+    if processes % config.tensor_parallel:
+        raise UserError(f"tensor_parallel = {config.tensor_parallel} of {processes} processes; launch a multiple of it")
+
+
+def make_accelerator(config: Config, folder: Path, timeout: datetime.timedelta) -> Accelerator:
+    """The process group and this process's device; an Accelerate config with FSDP2 is respected. Raises: UserError.
+
+    `timeout`: of one rank that waits for another; rollouts may take long.
+    """
+    processes, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    check_engines(config, processes)
+    # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    accelerator = Accelerator(
+        cpu=not cuda,  # not on Apple's GPUs
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=folder,
+        # also where a launcher starts a single process
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)] if "RANK" in os.environ else [],
+    )
+    kind, plugin = accelerator.distributed_type.value, getattr(accelerator.state, "fsdp_plugin", None)
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or (plugin and plugin.fsdp_version != 2):
+        raise UserError(f"Accelerate's config asks for {kind}; this program shards by FSDP2 only: set fsdp_version: 2")
+    if cuda:
+        if not dist.is_initialized():  # one GPU is a group of one: the same FSDP2, the same bfloat16
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        cards = gather([str(torch.cuda.get_device_properties(accelerator.device).uuid)])
+        if len(set(cards)) < len(cards):
+            raise UserError(f"several processes share one GPU: {', '.join(cards)}; launch one process per GPU")
+        say(f"GPUs by rank: {', '.join(cards)}")
+    return accelerator
 
 
 # ----------------------------------------------------- Signals --------------------------------------------------------
@@ -247,9 +284,7 @@ def load_checkpoint(run: Run) -> None:
         tensors = tensors_of(run)
         dcp.load(tensors, checkpoint_id=found[-1], no_dist=world() == 1)
         parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
-        options = dataclasses.replace(
-            KEPT, strict=not run.config.lora_rank
-        )  # under adapters most weights are not there
+        options = dataclasses.replace(KEPT, strict=not run.config.lora_rank)  # adapters: most weights are not there
         sharded_state.set_state_dict(run.model, run.optimizer, **parts, options=options)
         run.state = state
     step = run.state["step"]
@@ -321,7 +356,7 @@ def write_rollouts(run: Run, step: int, rollouts: Sequence[Rollout]) -> None:
             "prompt": run.tokenizer.decode(rollout.prompt_ids),
             "response": run.tokenizer.decode(rollout.response_ids),
             "reward": rollout.reward,
-            "advantage": rollout.advantage,
+            "advantage": torch.as_tensor(rollout.advantage).tolist(),
             "finish_reason": rollout.finish_reason,
             "tokens": len(rollout.response_ids),
         }
@@ -393,9 +428,28 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             axis.plot(*zip(*points), label=name) if points else None
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and axis.lines:
             axis.legend()
     temporary = path.with_suffix(".part.png")
     figure.savefig(temporary, dpi=100)
     plt.close(figure)
     temporary.replace(path)
+
+
+def draw_layers(before: Sequence[float], after: Sequence[float], signals: Sequence[float], path: Path) -> None:
+    """The layer rule's picture: lens entropy around every FFN, and its change. A failure is said, never raised."""
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        layers = range(1, len(signals) + 1)
+        left.plot(layers, before, label="before the FFN")
+        left.plot(layers, after, label="after the FFN")
+        left.legend()
+        left.set(title="entropy of the lens (nats)", xlabel="layer")
+        right.bar(layers, signals)
+        right.set(title="exploration signal of the FFN (nats)", xlabel="layer")
+        figure.savefig(path, dpi=100)
+    except Exception as problem:  # a picture never ends a run
+        say(f"{path.name} was not drawn: {type(problem).__name__}: {problem}")

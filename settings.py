@@ -48,11 +48,12 @@ def field_types(kind: type) -> dict[str, Any]:
 def field_docs(kind: type) -> dict[str, tuple[str, str]]:
     """Field -> its heading and the comment beside it, from the source: said once, shown by --help."""
     group, docs = "", {}
-    for line in inspect.getsource(kind).splitlines():
-        if heading := re.fullmatch(r"    # (.*)", line):
-            group = heading[1]
-        elif entry := re.fullmatch(r"    (\w+): .*?  # (.*)", line):
-            docs[entry[1]] = group, entry[2]
+    for base in kind.__mro__[-2::-1]:  # a subclass adds fields, or says one anew
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.fullmatch(r"    # (.*)", line):
+                group = heading[1]
+            elif entry := re.fullmatch(r"    (\w+): .*?  # (.*)", line):
+                docs[entry[1]] = docs.get(entry[1], (group,))[0], entry[2]
     return docs
 
 
@@ -124,7 +125,7 @@ class Parser(argparse.ArgumentParser):
             heading, text = docs[entry.name]
             groups[heading] = groups.get(heading) or self.add_argument_group(heading)
             shown = types[entry.name]
-            shown = " | ".join(get_args(shown)) if get_origin(shown) is Literal else plain_type(shown).__name__
+            shown = " | ".join(get_args(shown)) if get_origin(shown) is Literal else type_name(shown)
             alone = {"nargs": "?", "const": "true"} if shown == "bool" else {}  # `--thinking` alone
             text = f"{text} [{entry.default}]".replace("%", "%%")
             options = {"metavar": shown, "default": argparse.SUPPRESS, "help": text, **alone}
@@ -147,6 +148,7 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2  # 62 bits: vLLM takes int64
 
 
-def plain_type(kind: Any) -> type:
-    """`int` of `Annotated[int, ...]`."""
-    return getattr(kind, "__origin__", kind)
+def type_name(kind: Any) -> str:
+    """`int` of `Annotated[int, ...]`, `int | str` of a union of such."""
+    kind = getattr(kind, "__origin__", kind)
+    return " | ".join(map(type_name, get_args(kind))) if get_args(kind) else kind.__name__

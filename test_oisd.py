@@ -183,7 +183,7 @@ def test_no_gradient_reaches_the_teacher():
         batch = oisd.pack(rollouts, config)
         batch.old_logprobs = torch.where(batch.advantages > 0, -1e3, 1e3).to(torch.float64)  # every ratio is clipped
         model.zero_grad()
-        sums = tapped(batch)
+        sums = tapped(tapped.losses, batch)
         (sums["token_loss"] + sums["step_loss"]).backward()
         norms = {name: float(p.grad.norm()) if p.grad is not None else 0.0 for name, p in model.named_parameters()}
         assert all(norms[name] == 0 for name in norms if "layers.2" in name or "layers.3" in name or "lm_head" in name)
@@ -201,7 +201,7 @@ def test_no_gradient_reaches_the_teacher():
 def test_lens_at_the_last_layer_is_the_models_logits(family, tied):
     model = random_model(family, tied, dtype=torch.float32)
     tapped = oisd.TappedModel(model, CONFIG)
-    tap, ids = tapped.teacher_tap, torch.arange(40)[None]
+    tap, ids = tapped.taps[-1], torch.arange(40)[None]
     tap.recording = True
     logits = model(input_ids=ids, use_cache=False).logits
     assert torch.equal(tapped.lens(tap.hidden), logits)  # bit for bit
@@ -232,7 +232,7 @@ def test_sampled_attention_is_the_renormalised_eager_attention(family, attention
     tapped = oisd.TappedModel(random_model(family, attention=attention), config)
     batch = oisd.pack(rollout, config)
     tapped.hidden_states(batch)
-    for tap, layer in ((tapped.student_tap, 1), (tapped.teacher_tap, 3)):
+    for tap, layer in ((tapped.student_taps[0], 1), (tapped.taps[-1], 3)):
         keys, valid, starts = sampled_keys(batch, config)
         sampled = oisd.attention_scores(tap, batch.queries, keys + starts, valid).softmax(-1)  # (S, H, K)
         row = 0
@@ -254,9 +254,9 @@ def dense_gradients(final, student, head, targets, advantages, old, config):
     student_head = inputs[2] if config.lens_grad == "all" else head
     logprobs, *_ = oisd.dense_token_stats(inputs[0], inputs[1], inputs[2], targets, config)
     student_logits, final_logits = F.linear(inputs[1], student_head), F.linear(inputs[0], inputs[2])
-    js = oisd.js_divergence(student_logits, final_logits, config.distill_temperature)
+    js = oisd.js_divergence(student_logits, final_logits, config.distill_temperature, config.js_clip)
     loss = oisd.policy_loss_sum(logprobs, old, advantages, config)
-    loss = loss + config.think_weight * oisd.think_loss_sum(js, advantages, config.advantage_clip)
+    loss = loss + config.think_weight * oisd.think_loss_sum(js.mean(0), advantages, config.advantage_clip)
     return loss.detach(), torch.autograd.grad(loss, inputs)
 
 
@@ -273,13 +273,16 @@ def tokens_of(targets, advantages, old):
         (5, {"distill_temperature": 2.0, "think_weight": 0.5}),
         (16, {"lens_grad": "hidden"}),
         (1000, {"think_weight": 0.0}),
+        (5, {"js_clip": 0.02}),
+        (5, {"student_layer": "1,2"}),
     ],
 )
 def test_chunked_lens_pass_is_the_dense_one(chunk, changes):
     config = with_config(lens_chunk_tokens=chunk, **changes)
     torch.manual_seed(3)
     N, D, V = 16, 12, 31
-    final, student, head = (torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (N, D), (V, D)))
+    layers = len(config.student_layers)
+    final, student, head = (torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (layers, N, D), (V, D)))
     targets, advantages = torch.randint(V, (N,)), 2 * torch.randn(N, dtype=torch.float64)
     old = torch.randn(N, dtype=torch.float64) - 4
     expected, expected_gradients = dense_gradients(final, student, head, targets, advantages, old, config)
@@ -301,15 +304,15 @@ def test_a_foreign_teacher_and_a_pass_without_student():
     torch.manual_seed(3)
     final, student, teacher, head = (torch.randn(n, 12, dtype=torch.float64) for n in (16, 16, 16, 31))
     targets, advantages, old = torch.randint(31, (16,)), torch.randn(16).double(), torch.randn(16).double() - 4
-    inputs = [x.clone().requires_grad_() for x in (final, student, teacher)]
+    inputs = [x.clone().requires_grad_() for x in (final, student[None], teacher)]
     batch = tokens_of(targets, advantages, old)
     loss, _, _, logprobs, js, *_ = oisd.LensPass.apply(*inputs, head, batch, CONFIG)
     loss.backward()
     leaf = student.clone().requires_grad_()
     expected = oisd.js_divergence(leaf @ head.T, teacher @ head.T)
     oisd.think_loss_sum(expected, advantages, CONFIG.advantage_clip).backward()
-    torch.testing.assert_close(js, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(inputs[1].grad, leaf.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(js[0], expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inputs[1].grad[0], leaf.grad, rtol=1e-9, atol=1e-12)
     assert inputs[2].grad is None
     scored = oisd.LensPass.apply(final, None, None, head, batch, CONFIG)
     torch.testing.assert_close(scored[3], logprobs, rtol=0, atol=0)
@@ -320,7 +323,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
     """Under autocast, against float64: the errors of gradients and log-probs, next to those of the dense version."""
     torch.manual_seed(5)
     N, D, V, config = 64, 32, 101, with_config(temperature=0.7, dtype="bfloat16")
-    truth = [torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (N, D), (V, D))]
+    truth = [torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (1, N, D), (V, D))]
     targets, advantages = torch.randint(V, (N,)), torch.randn(N, dtype=torch.float64)
     old = oisd.dense_token_stats(*truth, targets, config)[0]
     _, expected = dense_gradients(*truth, targets, advantages, old, config)
@@ -401,11 +404,58 @@ def test_updates_are_clipped_steps_on_mini_batches():
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("lens_norm", [True, False])
+def test_an_inner_policy_trains_what_it_stands_on_alone(lens_norm):
+    """BuPO: gradients of layer 2's policy against dense autograd, and none at all above it but in the head."""
+    config = with_config(think_weight=0.0, attention_weight=0.0, lens_norm=lens_norm, dual_clip=3.0)
+    model, other, rollouts = random_model(), random_model(), random_rollouts(4)
+    run = run_of(model, config)
+    run.model.policy_layer = 2
+    batch = oisd.pack(rollouts, config)
+    final, inner = run.model.response_logprobs(batch)
+    losses, logprobs = 0.0, []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        output = other(ids, output_hidden_states=True)
+        hidden = output.hidden_states[2]
+        logits = other.lm_head(other.model.norm(hidden) if lens_norm else hidden)[0, len(rollout.prompt_ids) - 1 : -1]
+        targets = torch.tensor(rollout.response_ids)[:, None]
+        logprobs.append(logits.log_softmax(-1).gather(1, targets)[:, 0])
+        advantages = torch.full((len(targets),), rollout.advantage, dtype=torch.float64)
+        losses = losses + oisd.policy_loss_sum(logprobs[-1], rollout.old_logprobs, advantages, config)
+    torch.testing.assert_close(inner, torch.cat(logprobs), **SINGLE)
+    assert (final - inner).abs().max() > 0.1
+    sums = oisd.accumulate_gradients(run, rollouts, 10**6)
+    torch.testing.assert_close(sums["policy_loss"], losses.item(), **SINGLE)
+    (losses / len(batch.predicted)).backward()
+    for (name, mine), dense in zip(model.named_parameters(), other.parameters()):
+        above = ".layers.2." in name or ".layers.3." in name or (name == "model.norm.weight" and not lens_norm)
+        assert (mine.grad is None) == (dense.grad is None) == above, name
+        if not above:
+            torch.testing.assert_close(mine.grad, dense.grad, **SINGLE)
+
+
+def test_several_student_layers_are_averaged():
+    rollouts = random_rollouts(5)
+    found = {}
+    for layers in (1, 3, "1,3"):
+        config = with_config(student_layer=layers, attention_weight=1.0)
+        found[layers] = gradients(random_model(), config, rollouts)
+    sums, both = found["1,3"]
+    mean = {name: (gradient + found[3][1][name]) / 2 for name, gradient in found[1][1].items()}
+    assert_same_gradients(both, mean, **SINGLE)
+    for name in ("think_js", "attention_js", "think_js_positive", "attention_loss", "think_loss", "student_entropy"):
+        torch.testing.assert_close(sums[name], (found[1][0][name] + found[3][0][name]) / 2, **DOUBLE)
+    for layer in (1, 3):
+        for name in ("think_js", "attention_js"):
+            torch.testing.assert_close(sums[f"{name}_layer_{layer}"], found[layer][0][name], **DOUBLE)
+
+
 def test_scores_are_taken_at_the_sampling_temperature():
     config = with_config(temperature=0.6)
     model, rollouts = random_model(), random_rollouts(3)
     batch = oisd.pack(rollouts, config)
-    scores = oisd.TappedModel(model, config)(batch, logprobs_only=True)
+    scores = oisd.TappedModel(model, config).response_logprobs(batch)[0]
     ids = [torch.tensor([r.prompt_ids + r.response_ids]) for r in rollouts]
     logits = [model(input_ids=i).logits[0, len(r.prompt_ids) - 1 : -1] for i, r in zip(ids, rollouts)]
     expected = (torch.cat(logits) / 0.6).log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
@@ -473,10 +523,10 @@ def test_importance_weights_reach_the_loss():
         steps = torch.linspace(-1, 1.5, len(rollout.response_ids))
         rollout.sampler_logprobs = (rollout.old_logprobs - steps).tolist()
     batch, tapped = oisd.pack(rollouts, config), oisd.TappedModel(random_model(), config)
-    logprobs = tapped(batch, logprobs_only=True)
+    logprobs = tapped(tapped.response_logprobs, batch)[0]
     weights = (batch.old_logprobs - batch.sampler_logprobs).exp().clamp(max=2)
     expected = oisd.policy_loss_sum(logprobs, batch.old_logprobs, batch.advantages, config, weights)
-    torch.testing.assert_close(tapped(batch)["token_loss"].detach(), expected, **SINGLE)
+    torch.testing.assert_close(tapped(tapped.losses, batch)["token_loss"].detach(), expected, **SINGLE)
 
 
 def test_js_is_bounded_symmetric_and_zero_for_equals():
@@ -502,7 +552,7 @@ def test_js_is_safe_for_extreme_logits(dtype):
     assert student.grad.isfinite().all()
 
 
-def test_advantages():
+def test_group_advantages():
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.float64)
     advantages = oisd.group_advantages(rewards, 4)
     std = math.sqrt((0.75**2 + 3 * 0.25**2) / 3)  # sample standard deviation
@@ -512,6 +562,55 @@ def test_advantages():
     for bad in (torch.ones(7), torch.ones(2, 4), torch.tensor([1.0, math.nan, 0, 0])):
         with pytest.raises(ValueError):
             oisd.group_advantages(bad, 4)
+        with pytest.raises(ValueError):
+            oisd.leave_one_out_advantages(bad, 4)
+
+
+def test_leave_one_out_advantages():
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.float64)
+    third = 1 / 3
+    expected = torch.tensor([1, -third, -third, -third, third, third, third, -1, 0, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(oisd.leave_one_out_advantages(rewards, 4), expected)
+    assert torch.equal(oisd.leave_one_out_advantages(torch.full((8,), 0.1), 8), torch.zeros(8))
+
+
+def test_whitening_counts_every_token():
+    """A response of three tokens and reward 1, one of one and 0, one of four and 0: mean 3/8, variance 15/8/7."""
+    found = oisd.whiten(torch.tensor([1.0, 0, 0]), torch.tensor([3, 1, 4]))
+    scale = math.sqrt(15 / 8 / 7 + 1e-8)
+    torch.testing.assert_close(found, torch.tensor([5 / 8, -3 / 8, -3 / 8]) / scale)
+    tokens = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0])
+    torch.testing.assert_close(oisd.whiten(tokens, torch.ones(8))[[0, 3, 4]], found)
+    torch.testing.assert_close(found[0] * 3 + found[1] + found[2] * 4, torch.tensor(0.0), rtol=0, atol=1e-6)
+    assert torch.equal(oisd.whiten(torch.full((3,), 0.1), torch.tensor([3, 1, 4])), torch.zeros(3))  # all agree
+
+
+@pytest.mark.parametrize("advantage,expected", [
+    ("grpo", [0.75**0.5, -(0.75**0.5), 0, 0]),  # +-1/2 by a standard deviation of sqrt(1/2), twice; a group that agrees
+    ("rloo", [1, -1, 0, 0]),
+    ("reinforce_pp", None),
+])
+def test_advantages_of_a_step(advantage, expected):
+    rollouts = [oisd.Rollout([1], [2] * n, [], "stop", reward=r) for n, r in ((3, 1.0), (1, 0.0), (4, 0.0), (2, 0.0))]
+    oisd.set_advantages(SimpleNamespace(config=with_config(advantage=advantage, group_size=2)), rollouts)
+    found = torch.tensor([rollout.advantage for rollout in rollouts])
+    if advantage == "reinforce_pp":  # of ten tokens, three have the reward 1: not 0 in a group that agrees
+        expected = torch.tensor([0.7, -0.3, -0.3, -0.3]) / math.sqrt(2.1 / 9 + 1e-8)
+    elif advantage == "grpo":
+        expected = torch.tensor([0.5, -0.5, 0, 0]) / (math.sqrt(0.5) + 1e-6)
+    torch.testing.assert_close(found, torch.as_tensor(expected).float())
+
+
+def test_advantages_may_differ_by_token():
+    rollouts = random_rollouts(3)
+    plain, apart = oisd.pack(rollouts, CONFIG), [dataclasses.replace(r) for r in rollouts]
+    for rollout in apart:
+        rollout.advantage = torch.arange(len(rollout.response_ids)).double()
+    batch = oisd.pack(apart, CONFIG)
+    indices = torch.cat([torch.arange(len(r.response_ids)) for r in rollouts])
+    assert torch.equal(batch.advantages, indices.double()) and torch.equal(batch.queries, plain.queries)
+    steps = [oisd.sample_attention_steps(len(r.response_ids), CONFIG.attention_steps) for r in rollouts]
+    assert batch.query_advantages.tolist() == [float(step) for part in steps for step in part]
 
 
 @pytest.mark.parametrize("window,strided", [(1, 0), (4, 0), (4, 3), (3, 1), (64, 64), (2, 7)])
@@ -555,11 +654,11 @@ def test_an_empty_micro_batch_adds_exactly_nothing():
     """A rank that has no rollout left computes one token without a response, and its gradients are zeros, not None."""
     model = random_model()
     tapped = oisd.TappedModel(model, with_config(attention_weight=1.0))
-    sums = tapped(oisd.pack([], CONFIG))
+    sums = tapped(tapped.losses, oisd.pack([], CONFIG))
     assert all(value == 0 for value in sums.values())
     (sums["token_loss"] + sums["step_loss"]).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
-    assert tapped(oisd.pack([], CONFIG), logprobs_only=True).shape == (0,)
+    assert tapped(tapped.response_logprobs, oisd.pack([], CONFIG))[0].shape == (0,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -584,8 +683,8 @@ def test_packed_is_alone_is_padded(family, attention):
     rollouts = random_rollouts()
     model = random_model(family, attention=attention)
     tapped = oisd.TappedModel(model, CONFIG)
-    packed = tapped(oisd.pack(rollouts, CONFIG), logprobs_only=True)
-    alone = [tapped(oisd.pack([rollout], CONFIG), logprobs_only=True) for rollout in rollouts]
+    packed = tapped(tapped.response_logprobs, oisd.pack(rollouts, CONFIG))[0]
+    alone = [tapped(tapped.response_logprobs, oisd.pack([rollout], CONFIG))[0] for rollout in rollouts]
     torch.testing.assert_close(packed, torch.cat(alone), **SINGLE)
     width = max(rollout.length for rollout in rollouts)
     padded, model = [], random_model(family)
@@ -623,7 +722,7 @@ def test_no_tensor_of_tokens_by_vocabulary_or_tokens_by_tokens():
     rollout.old_logprobs = torch.full((400,), -7.0)
     tapped = oisd.TappedModel(model, config)
     with LargestTensor() as largest:
-        sums = tapped(oisd.pack([rollout], config))
+        sums = tapped(tapped.losses, oisd.pack([rollout], config))
         (sums["token_loss"] + sums["step_loss"]).backward()
     assert largest.elements <= model.lm_head.weight.numel() == 2000 * 32 < min(400 * 400, 400 * 2000)
 

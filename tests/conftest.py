@@ -41,7 +41,8 @@ def make_toy(folder, tied):
         optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    problems = [{"question": f"{a}+{b}", "answer": str(a + b)} for a in range(3) for b in range(3) if 1 <= a + b <= 3]
+    pairs = [(a, b) for a in range(3) for b in range(3) if 1 <= a + b <= 3]
+    problems = [{"question": f"{a}+{b}", "answer": str(a + b), "solution": f"{a}+{b}={a + b}"} for a, b in pairs]
     (folder / "train.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
 
 

@@ -8,14 +8,18 @@ from conftest import PAPER_DATA, ROOT, needs_paper_data, toy_arguments
 
 import inputs
 import oisd
+from baselines.opsd import OpsdConfig
+from baselines.ppo import PpoConfig
 from settings import UserError, field_docs, toml_table
 from test_oisd import with_config
 
 
 def test_every_table_loads(capsys):
     for table in tomllib.loads((ROOT / "configs.toml").read_text()):
-        name, config = oisd.load_config(["--config", f"configs.toml:{table}"])
-        assert name == table
+        kinds = {"ppo": PpoConfig, "opsd": OpsdConfig}
+        kind = kinds.get(table.rpartition("_")[2], oisd.Config)
+        name, config = oisd.load_config(["--config", f"configs.toml:{table}"], kind)
+        assert name == table and type(config) is kind
     _, config = oisd.load_config(["--config", "configs.toml:octothinker_8b"])
     assert config.student_layer == 31 and config.prompts_per_step == 128  # from the table, and from its base
     name, config = oisd.load_config(["--config=configs.toml:qwen3_4b", "--think_weight", "0", "--learning_rate=2e-6"])

@@ -88,7 +88,7 @@ def test_training_draws_no_dropout(tmp_path):
         config = dataclasses.replace(CONFIG, model=str(tmp_path / family))
         model = oisd.TappedModel(oisd.load_model(config)[0], config)
         batch = oisd.pack(made_rollouts(), config)
-        train, score = (model.train(mode)(batch, logprobs_only=True) for mode in (True, False))
+        train, score = (model.train(mode)(model.response_logprobs, batch)[0] for mode in (True, False))
         assert torch.equal(train, score)
 
 
@@ -111,7 +111,7 @@ def test_sampled_attention_ends_where_a_layers_window_does(family):
         sampled = weights[0].transpose(0, 1).gather(2, keys[:, None].expand(-1, weights.shape[1], -1)) * valid[:, None]
         torch.testing.assert_close(mine, sampled / sampled.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
     batch = SimpleNamespace(queries=queries, position_ids=queries[None])
-    js = oisd.attention_js(model.student_tap, model.teacher_tap, batch, config)
+    js = oisd.attention_js(model.student_taps[0], model.taps[-1], batch, config)
     assert js.isfinite().all()
 
 
@@ -131,20 +131,20 @@ def test_a_sharded_model_gets_every_tensor_of_its_source(tmp_path, monkeypatch):
     changes = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}
     tiny_model(tiny_config("phi3", **changes)).save_pretrained(tmp_path)
     config = dataclasses.replace(CONFIG, model=str(tmp_path))
-    source, ids = oisd.load_model(config)[0], torch.tensor([made_rollouts()[0].prompt_ids])
-    inputs.check_model(oisd.TappedModel(source, config))
-    rope = source.model.rotary_emb
+    source, ids = oisd.TappedModel(oisd.load_model(config)[0], config), torch.tensor([made_rollouts()[0].prompt_ids])
+    inputs.check_model(source)
+    rope = source.model.model.rotary_emb
     assert rope.inv_freq is rope.original_inv_freq
     with group_of_one() as mesh, torch.no_grad():
         model = oisd.TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
         oisd.shard(model, mesh, config)
         oisd.load_shards(model, source, torch.device("cpu"))
-        logits = model.eval()(task=lambda: model.model(ids, use_cache=False).logits)
-        assert torch.equal(logits, source.eval()(ids, use_cache=False).logits)
+        logits = model.eval()(lambda: model.model(ids, use_cache=False).logits)
+        assert torch.equal(logits, source.model.eval()(ids, use_cache=False).logits)
         rope = model.model.model.rotary_emb
         rope.original_inv_freq = rope.original_inv_freq + 1
         with pytest.raises(UserError, match=r"rotary_emb\.original_inv_freq did not reach"):
-            oisd.hold_to_source(model.model, source, torch.device("cpu"))
+            oisd.hold_to_source(model, source, torch.device("cpu"))
         monkeypatch.setattr(oisd.sharded_state, "set_model_state_dict", lambda *_, **__: None)
         with pytest.raises(UserError, match=r"embed_tokens\.weight did not reach"):
             oisd.load_shards(model, source, torch.device("cpu"))

@@ -268,8 +268,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(toy, tmp_path, monkeypatch, c
     calls, adamw = itertools.count(1), torch.optim.AdamW
 
     def watched(parameters, **settings):
-        parameters = list(parameters)
-        parameters[0].register_hook(lambda gradient: gradient * (torch.nan if next(calls) == bad else 1))
+        parameters[0]["params"][0].register_hook(lambda gradient: gradient * (torch.nan if next(calls) == bad else 1))
         return adamw(parameters, **settings)
 
     monkeypatch.setattr(torch.optim, "AdamW", watched)
@@ -297,7 +296,8 @@ def test_scores_come_from_evaluation_mode(toy, tmp_path, monkeypatch):
 MAY_CHANGE = "num_steps checkpoint_every checkpoints_kept rollouts_every eval_every tracker grader_seconds "
 MAY_CHANGE += "grader_workers max_tokens_per_gpu lens_chunk_tokens gradient_checkpointing sampler_batch vllm_memory "
 MAY_CHANGE += "vllm_eager max_logprob_gap tensor_parallel cpu_offload"
-WORDS = {"sampler": "vllm", "lens_grad": "hidden", "dtype": "bfloat16", "attention": "eager", "tracker": "tensorboard"}
+WORDS = {"sampler": "vllm", "advantage": "rloo", "lens_grad": "hidden", "dtype": "bfloat16", "attention": "eager"}
+WORDS["tracker"] = "tensorboard"
 
 
 def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsys):

@@ -56,7 +56,7 @@ def probe_vllm(folder):
     def gap():
         rollouts = in_order(sampler.stream(prompts * 8, list(range(len(prompts) * 8))), prompts * 8)
         with torch.no_grad():
-            trainer = tapped(oisd.pack(rollouts, config), logprobs_only=True)
+            trainer = tapped(tapped.response_logprobs, oisd.pack(rollouts, config))[0]
         differences = trainer - torch.tensor([value for r in rollouts for value in r.sampler_logprobs])
         return differences.abs().max().item(), [r.response_ids for r in rollouts]
 

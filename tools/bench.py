@@ -53,11 +53,11 @@ def side(name, tokens, hidden, vocabulary, chunk):
     batch = SimpleNamespace(target_ids=targets, advantages=advantages, old_logprobs=old, sampler_logprobs=old)
     before, start = plumbing.peak_bytes(torch.device("cpu")), time.perf_counter()
     if name == "dense":
-        logprobs, js, *_ = oisd.dense_token_stats(final, student, head, targets, config)
+        logprobs, js, *_ = oisd.dense_token_stats(final, student[None], head, targets, config)
         policy, think = oisd.token_losses(logprobs, js, batch, slice(None), config)
         loss = policy + config.think_weight * think
     else:
-        loss, *_ = oisd.LensPass.apply(final, student, None, head, batch, config)
+        loss, *_ = oisd.LensPass.apply(final, student[None], None, head, batch, config)
     loss.backward()
     seconds, peak = time.perf_counter() - start, plumbing.peak_bytes(torch.device("cpu")) - before
     print(
@@ -133,7 +133,7 @@ def bench_packing(options):
         mask = torch.arange(256) < torch.tensor(lengths)[:, None]
 
         def packed(rollouts=rollouts):
-            sums = tapped(oisd.pack(rollouts, tapped.config))
+            sums = tapped(tapped.losses, oisd.pack(rollouts, tapped.config))
             (sums["token_loss"] + sums["step_loss"]).backward()
 
         def padded(ids=ids, mask=mask):
@@ -142,7 +142,7 @@ def bench_packing(options):
             numbers = torch.zeros(len(final))
             batch = SimpleNamespace(target_ids=numbers.long(), advantages=numbers + 1, old_logprobs=numbers - 9)
             batch.sampler_logprobs = batch.old_logprobs
-            oisd.LensPass.apply(final, final, None, tapped.head, batch, tapped.config)[0].backward()
+            oisd.LensPass.apply(final, final[None], None, tapped.head, batch, tapped.config)[0].backward()
 
         seconds = []
         for work in (packed, padded):

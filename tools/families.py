@@ -182,19 +182,19 @@ def compare(tapped: oisd.TappedModel, plain: PreTrainedModel) -> dict[str, float
     logprobs, sampled, loss = truth(plain.eval(), rollouts, config)
     loss.backward()
     tapped.train()
-    scores = tapped(batch, logprobs_only=True)
+    scores = tapped(tapped.response_logprobs, batch)[0]
     found = {"log-probs": (scores - logprobs).abs().max().item(), "attention": 0.0}
     with torch.no_grad():
         tapped.hidden_states(batch)
         positions = batch.position_ids[0, batch.queries]
         keys, valid = oisd.sample_attention_keys(positions, config.attention_window, config.attention_strided)
         keys = keys + (batch.queries - positions)[:, None]
-        for side, tap in enumerate((tapped.student_tap, tapped.teacher_tap)):
+        for side, tap in enumerate((tapped.student_taps[0], tapped.taps[-1])):
             weights = oisd.attention_scores(tap, batch.queries, keys, valid).softmax(-1)
             for row, seen, pair in zip(weights, valid, sampled):
                 found["attention"] = max(found["attention"], (row[:, seen] - pair[side]).abs().max().item())
     tapped.clear_taps()
-    sums = tapped(batch)
+    sums = tapped(tapped.losses, batch)
     total = sums["token_loss"] + sums["step_loss"]
     total.backward()
     found["loss"] = abs(total.item() - loss.item()) / max(1.0, abs(loss.item()))

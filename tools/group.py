@@ -35,7 +35,7 @@ def main(words: list[str]) -> None:
     for response, sample, reward, advantage in zip(responses, samples, rewards, advantages):
         rollout = oisd.Rollout(problem.prompt_ids, *sample[1:], advantage=advantage)
         with torch.no_grad():
-            sums = tapped(oisd.pack([rollout], config))
+            sums = tapped(tapped.losses, oisd.pack([rollout], config))
         think, attention = sums["think_js"] / len(sample[1]), sums["attention_js"] / oisd.sampled_steps(rollout, config)
         print(f"{response:42} {reward:6.0f} {advantage:+10.3f} {think:9.3f} {attention:13.3f}")
 

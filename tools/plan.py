@@ -38,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inputs
 import oisd
+import plumbing
 from oisd import Config, Rollout, TappedModel
 from settings import UserError, one_line
 
@@ -112,7 +113,7 @@ def fake_model(shell: TappedModel, mesh: DeviceMesh, config: Config) -> TappedMo
 
 
 def micro_batch(model: TappedModel, batch: oisd.PackedBatch) -> None:
-    sums = model(batch)
+    sums = model(model.losses, batch)
     (sums.pop("token_loss") + sums.pop("step_loss")).backward()
 
 
@@ -193,7 +194,7 @@ def logits_bytes(config: Config, model: TappedModel) -> int:
         batch = SimpleNamespace(target_ids=numbers.long(), advantages=numbers, old_logprobs=numbers)
         batch.sampler_logprobs = numbers
         with (tracker := MemTracker()):
-            oisd.lens_chunk(hidden, hidden, None, head, batch, slice(0, n), config)
+            oisd.lens_chunk(hidden, hidden[None], None, head, batch, slice(0, n), config)
         return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
@@ -254,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(name: str, config: Config, words: str) -> str:
     gpus = parse_gpus(words)
-    oisd.check_engines(config, gpus)
+    plumbing.check_engines(config, gpus)
     found = plan(config, gpus)
     title = f"{name}: {config.model}, {config.dtype}, GPUs: {words}"
     lines = [f"{title}; GB (10^9 bytes) per GPU, planned, not measured"]

@@ -1,0 +1,113 @@
+"""The layer rule, which chooses the student: the exploration signal of every layer's FFN (the paper, after BuPO).
+
+H is the entropy of the lens, averaged over response tokens. An FFN explores if the residual stream behind it, read by
+the lens, is less certain of the next token than before it. The student is the last layer below the teacher that does:
+
+    signal_l = H(after the FFN of layer l) - H(before it)                    student = max { l < L : signal_l > 0 }
+
+`student_layer = "auto"` measures this before the first step; `python tools/layers.py` measures alone.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import plumbing
+from settings import UserError
+
+if TYPE_CHECKING:
+    from oisd import PackedBatch, TappedModel
+
+FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # what decoder layers call it
+
+
+@torch.no_grad()
+def ffn_entropies(model: TappedModel, batch: PackedBatch) -> list[Tensor]:
+    """Lens entropies of the response tokens, each (N,): before the FFN of every layer, then after that of every layer.
+
+    Read while the layer runs, chunk by chunk: neither hidden states of all layers nor logits of all tokens are kept.
+    Raises: UserError for a layer without an FFN between two points of its residual stream.
+    """
+    entropies: list[list[Tensor]] = [[], []]
+
+    def see(place: int, stream: Tensor) -> None:
+        entropies[place].append(model.read(model.lens_hidden(stream[0, batch.predicted - 1]), batch)[1])
+
+    handles = [handle for layer in model.layers for handle in watch(layer, see)]
+    try:
+        model.hidden_states(batch)
+    finally:
+        model.clear_taps()
+        for handle in handles:
+            handle.remove()
+    return entropies[0] + entropies[1]
+
+
+def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
+    """Show `see` the residual stream of a decoder layer before its FFN (0) and behind it (1). -> handles of the hooks.
+
+    The stream before the FFN is what went into the norm whose output the FFN takes, or what the FFN takes itself.
+    """
+    ffn = next((child for name, child in layer.named_children() if name in FFN), None)
+    name = type(layer).__name__
+    if ffn is None:
+        raise UserError(f"{name} has no child called one of {', '.join(FFN)}: set student_layer to a number")
+    start: list[Tensor] = []
+    normed: list[tuple[Tensor, Tensor]] = []
+
+    def first(arguments: tuple, named: dict) -> Tensor:
+        return arguments[0] if arguments else named["hidden_states"]
+
+    def at_start(_, arguments, named):
+        start[:], normed[:] = [first(arguments, named)], []
+
+    def behind_norm(_, arguments, named, output):
+        normed.append((first(arguments, named), output))
+
+    def at_ffn(_, arguments, named):
+        taken = first(arguments, named)
+        stream = next((before for before, after in normed if after is taken), taken)
+        if stream is start[0]:
+            raise UserError(
+                f"{name} runs attention and FFN side by side, so the layer rule does not apply: "
+                "set student_layer to a number"
+            )
+        see(0, stream)
+
+    def at_end(_, arguments, output):
+        see(1, output if isinstance(output, Tensor) else output[0])
+
+    norms = [child for child in layer.children() if "norm" in type(child).__name__.lower()]
+    return [
+        layer.register_forward_pre_hook(at_start, with_kwargs=True),
+        *(norm.register_forward_hook(behind_norm, with_kwargs=True) for norm in norms),
+        ffn.register_forward_pre_hook(at_ffn, with_kwargs=True),
+        layer.register_forward_hook(at_end),
+    ]
+
+
+def report(means: Tensor, folder: Path) -> int:
+    """Say, save (layers.csv, layers.png) and apply the rule. `means`: (2 layers,), as `ffn_entropies` orders them.
+
+    Raises: UserError if no layer below the last has a positive signal.
+    """
+    before, after = means.view(2, -1).tolist()
+    signals = [b - a for a, b in zip(before, after)]
+    positive = [layer for layer, signal in enumerate(signals[:-1], 1) if signal > 0]
+    rows = [(layer, *values) for layer, values in enumerate(zip(before, after, signals), 1)]
+    if plumbing.rank() == 0:
+        with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("layer", "entropy_before", "entropy_after", "signal"), *rows])
+        plumbing.draw_layers(before, after, signals, folder / "layers.png")
+    lines = [f"{layer:5} {a:11.4f} {b:10.4f} {signal:+11.4f}" for layer, a, b, signal in rows]
+    plumbing.say("\n".join(["layer  H before    H after      signal   (lens entropy around the FFN, nats)", *lines]))
+    if not positive:
+        raise UserError(f"student_layer = 'auto': no FFN below layer {len(rows)} raises the lens entropy; set a number")
+    plumbing.say(f"student layer {positive[-1]}: the last with a positive signal, below the teacher; see {folder}")
+    return positive[-1]
