@@ -18,6 +18,8 @@ import oisd
 from baselines import opsd, ppo
 from settings import UserError
 from test_oisd import CONFIG, random_model, random_rollouts
+from tools import layers
+from tools import solutions as tools_solutions
 
 METHODS = {"gae": ppo.PPO, "none": opsd.OPSD}  # by `advantage`
 
@@ -259,8 +261,8 @@ def test_parallel_layers_have_no_point_between(tmp_path):
 
 def test_auto_is_measured_once_and_kept(toy, tmp_path, monkeypatch, capsys):
     asked = []
-    report = exploration.report
-    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or max(1, report_or(report, *a)))
+    report = report_or_one(exploration.report)
+    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or report(*a))
     run = tmp_path / "run"
     assert oisd.main(toy_arguments(toy, run, student_layer="auto", num_steps=2)) == 0
     chosen = tomllib.loads((run / "config.toml").read_text())["tiny"]["student_layer"]
@@ -271,12 +273,64 @@ def test_auto_is_measured_once_and_kept(toy, tmp_path, monkeypatch, capsys):
     assert oisd.main(["--resume", str(run), "--num_steps", "3"]) == 0 and asked == [1]
 
 
-def report_or(report, means, folder):
+def report_or_one(report):
     """The rule's choice, or the first layer where it makes none: what is tested is what becomes of it."""
-    try:
-        return report(means, folder)
-    except UserError:
-        return 1
+
+    def chosen(means, folder):
+        try:
+            return report(means, folder)
+        except UserError:
+            return 1
+
+    return chosen
+
+
+def test_layers_measured_alone_are_the_same_in_any_batches(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(exploration, "report", report_or_one(exploration.report))
+    measured = []
+    for tokens in (128, 4096):
+        words = toy_arguments(toy, tmp_path / str(tokens), max_prompt_tokens=32, max_tokens_per_gpu=tokens)
+        assert layers.main(words) == 0
+        rows = (tmp_path / str(tokens) / "layers.csv").read_text().splitlines()[1:]
+        measured.append([float(value) for row in rows for value in row.split(",")])
+    assert len(measured[0]) == 12 and measured[0] == pytest.approx(measured[1], abs=1e-5)
+    assert layers.main(["--model", str(tmp_path / "nowhere")]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference solutions
+
+
+def test_solutions_are_joined_by_question(toy, tmp_path, capsys):
+    """White space does not count, thoughts are left out, a solution without an end is passed over; and they train."""
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    def asked(question, gold):
+        prompt = [{"role": "user", "content": question}]
+        return {"question": question, "prompt": prompt, "reward_model": {"ground_truth": gold}}
+
+    def solved(question, *texts):
+        return {"question": question} | {f"r1_solution_{i}": text for i, text in enumerate(texts, 1)}
+
+    problems = write("problems.jsonl", [asked("1+1", "2"), asked("1 +\n 2", "3"), asked("0+1", "1"), asked("2+2", "4")])
+    given = [solved("1 + 2 ", "<think>endless", "<think>a</think>\n\n three ", ""), solved("1+1", "two", "", None)]
+    given += [solved("9+9", "18", "", ""), solved("2+2", "<think>endless", "", None), solved("1+1", "zwei", "", "")]
+    solutions, output = write("solutions.jsonl", given), tmp_path / "joined.jsonl"
+    assert tools_solutions.main([str(output), "--problems", problems, "--solutions", solutions]) == 0
+    assert "2 of 4 problems have a solution" in capsys.readouterr().out
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["prompt"][0]["content"], row["solution"]) for row in found] == [("1+1", "two"), ("1 +\n 2", "three")]
+    config = dataclasses.replace(settings_of("qwen3_4b_opsd"), model=str(toy), train_data=str(output), system_prompt="")
+    taught, _ = opsd.load_problems(str(output), oisd.load_tokenizer(config), config)
+    assert [problem.answer for problem in taught] == ["2", "3"]
+    for other in ([solved("7+7", "14")], [{"question": "1+1", "proof": "two"}]):
+        other = write("other.jsonl", other)
+        assert tools_solutions.main([str(output), "--problems", problems, "--solutions", other]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert len(output.read_text().splitlines()) == 2  # what was there stays
 
 
 # ---------------------------------------------------------------------------------------------------------------------
