@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import fcntl
 import hashlib
 import importlib.metadata
@@ -399,7 +398,7 @@ def evaluate(config: Config, options: argparse.Namespace, grader: Grader) -> Non
         n = options.n or benchmark.samples or 16
         ask[name] = {"samples": n, "K": min(n, benchmark.samples or n), "ks": parse_ks(options.k, n)}
     folder = Path(config.output_dir or f"runs/eval_{'_'.join(Path(config.model).parts[-2:])}")
-    accelerator = plumbing.make_accelerator(config, folder, datetime.timedelta(days=30))  # ranks wait for the slowest
+    accelerator = plumbing.make_accelerator(config, folder, hours=24 * 30)  # ranks wait for the slowest
     tokenizer = inputs.load_tokenizer(config)
     with accelerator.main_process_first():  # the others find its download
         for name, benchmark in benchmarks.items():

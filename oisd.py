@@ -28,6 +28,7 @@ norm too; tau = c = 1; 64 decoding steps per rollout, evenly spaced instead of d
 agrees; 64 local and at most 64 strided keys; heads matched by index; N and S counted over the whole optimizer step; old
 log-probs recomputed by the trainer. The README's table of deviations gives the source of each. What any trainer has
 stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py` reads settings.
+The paper's other rows are tables of `configs.toml`; PPO and OPSD, in `baselines/`, take the places of `Method`.
 
 Dimensions, single capitals throughout:
     B prompts   G rollouts per prompt   T tokens of a packed micro-batch   N response tokens   V vocabulary
@@ -39,7 +40,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import heapq
 import itertools
@@ -358,8 +358,7 @@ class VllmSampler:
             for seed in seeds
         ]
         requests = self.engine.enqueue([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        # vLLM appends a random suffix to the id of a request, and its results come without it.
-        index_of = {request.partition("-")[0]: index for index, request in enumerate(requests)}
+        index_of = {request.partition("-")[0]: i for i, request in enumerate(requests)}  # results lack the suffix
         while index_of:
             for result in self.engine.llm_engine.step():
                 index, output = index_of.pop(result.request_id), result.outputs[0]
@@ -431,8 +430,7 @@ def whiten(values: Tensor, counts: Tensor) -> Tensor:
     values, counts = values.double(), counts.double()
     mean = (counts * values).sum() / counts.sum()
     variance = (counts * (values - mean) ** 2).sum() / (counts.sum() - 1).clamp(min=1)
-    agree = (values == values[0]).all()
-    return ((values - mean) / (variance + 1e-8).sqrt()).masked_fill(agree, 0.0).float()
+    return ((values - mean) / (variance + 1e-8).sqrt()).float()
 
 
 def set_advantages(run: Run, rollouts: Sequence[Rollout]) -> None:
@@ -513,7 +511,7 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
         advantages.append(torch.as_tensor(rollout.advantage).expand(count))
         query_advantages.append(advantages[-1][steps])
         old.append(torch.zeros(count) if rollout.old_logprobs is None else rollout.old_logprobs)
-    row, predicted, integers = torch.tensor(row), torch.tensor(predicted, dtype=torch.long), {"dtype": torch.long}
+    row, predicted = torch.tensor(row), torch.tensor(predicted, dtype=torch.long)
     batch = PackedBatch(
         rollouts=rollouts,
         input_ids=row[None],
@@ -525,7 +523,7 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
         advantages=torch.cat(advantages),
         old_logprobs=torch.cat(old),
         sampler_logprobs=torch.tensor([value for rollout in rollouts for value in rollout.sampler_logprobs]),
-        queries=torch.tensor(queries, **integers),
+        queries=torch.tensor(queries, dtype=torch.long),
         query_advantages=torch.cat(query_advantages),
     )
     moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
@@ -826,7 +824,6 @@ class TappedModel(nn.Module):
 # Pure functions from tensors to sums over tokens or decoding steps, in nats. Only `accumulate_gradients` divides, once,
 # by the counts of the whole optimizer update.
 
-
 def policy_loss_sum(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, config: Config, weights: Tensor | float = 1.0
 ) -> Tensor:
@@ -885,9 +882,7 @@ def _log_ratios(student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Ten
     return LN2 - F.softplus(difference, threshold=40), LN2 - F.softplus(-difference, threshold=40)
 
 
-def js_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, clip: float = 0.0
-) -> Tensor:
+def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, clip: float = 0) -> Tensor:
     """Jensen-Shannon divergence of Eq. 7, (KL(p||m) + KL(q||m)) / 2, per row, in nats, between 0 and log 2.
 
     (..., V), (..., V) -> (...). Gradient to the student alone; by Appendix A.3.1 it is
@@ -1213,7 +1208,6 @@ def train_step(run: Run) -> dict[str, Any]:
 # `torchrun` or `accelerate launch` starts one per GPU. Every process knows all rollouts, as lists; only the work is
 # split: prompts to sample, micro-batches to compute, and, by FSDP2, weights, gradients and optimizer.
 
-
 def shard(model: TappedModel, mesh: DeviceMesh, config: Config, offload: bool = False, reshard: bool = True) -> None:
     """FSDP2, in place: each decoder layer is a unit of its own; embeddings, final norm and head are the root's.
 
@@ -1323,7 +1317,7 @@ def prepare(name: str, config: Config, method: Method = Method()) -> Run:
     inputs.check_packages(config)
     folder, lock = plumbing.open_folder(name, config) if int(os.environ.get("RANK", 0)) == 0 else (None, None)
     try:
-        accelerator = plumbing.make_accelerator(config, folder or Path("runs"), datetime.timedelta(hours=1))
+        accelerator = plumbing.make_accelerator(config, folder or Path("runs"), hours=1)
         run = assemble(config, gather([folder] if folder else [])[0], accelerator, method)
         if not config.student_layers:
             choose_student_layer(run)
@@ -1363,9 +1357,8 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
         accelerator.init_trackers("oisd", config=dataclasses.asdict(config))
     sizes = [(parameter.numel() / 1e6, parameter.requires_grad) for parameter in model.parameters()]
     millions, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-    trained = f"{millions:.1f} M parameters, {trained:.1f} M of them trained"
-    student = f"student layer {config.student_layer} of {len(model.layers)}"
-    say(f"{config.model}: {trained}, {student}, {world()} x {accelerator.device.type}, {config.dtype} -> {folder}")
+    facts = f"{millions:.1f} M parameters, {trained:.1f} M of them trained, student layer {config.student_layer}"
+    say(f"{config.model}: {facts}, {world()} x {accelerator.device.type}, {config.dtype} -> {folder}")
     state = {"step": 0, "held_out": {}}
     state |= {"train_data": inputs.fingerprint(problems), "test_data": inputs.fingerprint(held_out)}
     parts = accelerator, tokenizer, model, optimizer, sampler, grader, problems, held_out

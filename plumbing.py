@@ -87,15 +87,15 @@ def check_engines(config: Config, processes: int) -> None:
         raise UserError(f"tensor_parallel = {config.tensor_parallel} of {processes} processes; launch a multiple of it")
 
 
-def make_accelerator(config: Config, folder: Path, timeout: datetime.timedelta) -> Accelerator:
+def make_accelerator(config: Config, folder: Path, hours: float) -> Accelerator:
     """The process group and this process's device; an Accelerate config with FSDP2 is respected. Raises: UserError.
 
-    `timeout`: of one rank that waits for another; rollouts may take long.
+    `hours`: that one rank waits for another; rollouts may take long.
     """
     processes, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     check_engines(config, processes)
     # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
-    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    backend, timeout = "cuda:nccl,cpu:gloo" if cuda else "gloo", datetime.timedelta(hours=hours)
     accelerator = Accelerator(
         cpu=not cuda,  # not on Apple's GPUs
         log_with=None if config.tracker == "none" else config.tracker,

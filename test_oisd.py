@@ -433,6 +433,8 @@ def test_an_inner_policy_trains_what_it_stands_on_alone(lens_norm):
         assert (mine.grad is None) == (dense.grad is None) == above, name
         if not above:
             torch.testing.assert_close(mine.grad, dense.grad, **SINGLE)
+    run.model.policy_layer = 0  # whichever layer's policy is optimised, the last one teaches
+    torch.testing.assert_close(run.model(run.model.losses, batch)["think_js"].item(), sums["think_js"], **SINGLE)
 
 
 def test_several_student_layers_are_averaged():

@@ -206,6 +206,18 @@ def test_what_does_not_go_together_gets_one_line(method, table, changes, message
     assert not (tmp_path / "run").exists()
 
 
+def test_bupo_optimises_the_inner_policy_first(toy, tmp_path):
+    """One step of it leaves what stands above as it was; the next step is GRPO's."""
+    rows = {"policy_layer": 1, "policy_layer_steps": 1, "think_weight": 0.0, "attention_weight": 0.0, "test_data": ""}
+    moved = []
+    for steps in (1, 2):
+        folder = tmp_path / str(steps)
+        assert oisd.main(toy_arguments(toy, folder, num_steps=steps, **rows)) == 0
+        before, after = load_file(toy / "model.safetensors"), load_file(folder / "final" / "model.safetensors")
+        moved.append({name.split(".")[2] for name in after if not torch.equal(before[name], after[name])})
+    assert "0" in moved[0] and not {"1", "2"} & moved[0] and {"0", "1", "2"} <= moved[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The layer rule
 
@@ -214,6 +226,8 @@ def test_what_does_not_go_together_gets_one_line(method, table, changes, message
 def test_exploration_signals_are_those_of_the_residual_stream(family):
     """Against the model's own hidden states, and what its attention adds to them."""
     model, rollouts = random_model(family, dtype=torch.float32), random_rollouts(3)
+    for name, parameter in model.named_parameters():  # so that the lens of a normed stream is another
+        torch.nn.init.normal_(parameter) if "norm" in name else None
     tapped = oisd.TappedModel(model, CONFIG)
     found = torch.stack(tapped(exploration.ffn_entropies, tapped, oisd.pack(rollouts, CONFIG)))
     assert found.shape[0] == 8 and all(tap.hidden is None for tap in tapped.taps)
