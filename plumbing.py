@@ -331,9 +331,9 @@ def stop(run: Run, reason: str, save: bool) -> bool:
         reason, saved = f"{reason}; {problem}", False
     newest = checkpoints(run.folder)[-1:]
     kept = f"{newest[0].name} is whole" if newest else "no checkpoint yet"
-    launch = "python" if world() == 1 else "accelerate launch"
+    again = f"{'python' if world() == 1 else 'accelerate launch'} {run.config.program} --resume {run.folder}"
     if rank() == 0:
-        print(f"\noisd: {reason}; {kept}; continue by: {launch} oisd.py --resume {run.folder}", file=sys.stderr)
+        print(f"\noisd: {reason}; {kept}; continue by: {again}", file=sys.stderr)
     return saved
 
 
