@@ -47,7 +47,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import statistics
 import sys
@@ -84,11 +83,12 @@ import laptop
 import plumbing
 from grader import Grader
 from inputs import Problem, end_token_ids, load_model, load_problems, load_tokenizer
-from plumbing import Interrupted, Signals, TrainingError, gather, rank, say, split_evenly, world
+from plumbing import Interrupted, Signals, TrainingError, full_weights, gather, rank, say, split_evenly, world
 from settings import Parser, UserError, derive_seed, one_line, read_table, toml_table
 
 VERSION = "0.2.0"
 LN2 = math.log(2)
+CACHED_NUMBERS = 2**19  # of a tensor that a processor's cache keeps among a few others
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # BuPO's
 
 # ----------------------------------------------------- Config --------------------------------------------------------
@@ -951,14 +951,15 @@ def dense_token_stats(
 class LensPass(torch.autograd.Function):
     """One pass over the vocabulary for policy and lens, forward and gradient together, a chunk of tokens at a time.
 
-    The loss depends on the vocabulary through two numbers per token, log-prob and JS. For each chunk autograd
-    differentiates the losses by those, and the way on to hidden states and head is written out: with p^L the policy at
-    temperature T, and p the student at tau,
+    The loss depends on the vocabulary through two numbers per token, log-prob and JS. Their derivatives by the logits
+    do not depend on the loss: with p^L the policy at temperature T, and p the student at tau,
 
         d logprob / d z^L = (onehot - p^L) / T              d JS / d z^l = p (log(p/m) - KL(p||m)) / (2 tau)    A.3.1
 
-    So the backward pass has only to scale what is already there, and no logits outlive their chunk: six products with
-    the head in all, where recomputing the logits in the backward pass would take eight.
+    and what the loss makes of them is a factor per token, which can as well be multiplied to the smaller side of the
+    products with the head. So `lens_rows` reads a chunk's logits and leaves the derivatives in their place; autograd
+    differentiates the losses by the (n,) log-probs and JS; the gradients by hidden states and by the head are a product
+    each, for all layers together. No logits outlive their chunk, and none is computed twice.
 
     `apply(policy_hidden (N, D), student_hidden (layers, N, D), teacher_hidden (N, D), head (V, D), batch, config)`,
     hidden states normed. The teacher is the policy where it is None, as in OISD; another, such as the model that has
@@ -969,82 +970,119 @@ class LensPass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, policy_hidden, student_hidden, teacher_hidden, head, batch, config):
-        hidden = policy_hidden, student_hidden, teacher_hidden
-        device, N, dtype = head.device.type, len(batch.target_ids), _head_dtype(policy_hidden)
-        exact, sums, stats = torch.promote_types(dtype, torch.float32), (0.0, 0.0, 0.0), []
-        with torch.autocast(device, enabled=False):
+        given = [policy_hidden[None], student_hidden, None if teacher_hidden is None else teacher_hidden[None]]
+        layers = 0 if student_hidden is None else len(student_hidden)
+        policy_learns, students_learn, _, head_learns = ctx.needs_input_grad[:4]
+        learn = slice(int(not policy_learns), 1 + layers * students_learn)  # of the policy and the students
+        dtype = _head_dtype(policy_hidden)
+        losses, stats = (0.0, 0.0, 0.0), []
+        with torch.autocast(head.device.type, enabled=False):
             weight = head.detach().to(dtype)  # (V, D)
-            inputs = [None if h is None else h.detach().to(dtype) for h in hidden]
-            grads = [torch.zeros_like(h, dtype=exact) if g else None for h, g in zip(inputs, ctx.needs_input_grad[:2])]
-            head_grad = torch.zeros_like(head, dtype=exact) if ctx.needs_input_grad[3] else None
-            for start in range(0, max(N, 1), config.lens_chunk_tokens):  # once without tokens: gradients are then 0
-                rows = slice(start, start + config.lens_chunk_tokens)
-                chunk = [None if h is None else h[..., rows, :] for h in inputs]
-                chunk_sums, chunk_stats, deltas = lens_chunk(*chunk, weight, batch, rows, config)
-                sums = [total + value for total, value in zip(sums, chunk_sums)]
-                stats.append(chunk_stats)
-                for index, delta in enumerate(deltas):
-                    if grads[index] is None or delta is None:
-                        continue
-                    delta = delta.to(dtype)
-                    grads[index][..., rows, :] = delta @ weight
-                    if head_grad is not None and (index == 0 or config.lens_grad == "all"):
-                        head_grad += delta.flatten(0, -2).T @ chunk[index].flatten(0, -2)
-        ctx.save_for_backward(*grads, head_grad)
+            hidden = torch.cat([h.detach().to(dtype) for h in given if h is not None])  # (1 + layers [+ 1], N, D)
+            grad = torch.zeros_like(hidden[learn])
+            head_grad = torch.zeros_like(head, dtype=torch.promote_types(dtype, torch.float32)) if head_learns else None
+            size = config.lens_chunk_tokens
+            for rows in [slice(start, start + size) for start in range(0, max(hidden.shape[1], 1), size)]:
+                chunk = hidden[:, rows]
+                logits = chunk.new_empty(*chunk.shape[:2], len(weight))  # (1 + layers [+ 1], n, V)
+                for source, out in zip(chunk, logits):  # apart, so that scoring gives the same bits as training
+                    torch.mm(source, weight.T, out=out)
+                chunk_stats = lens_rows(logits, batch.target_ids[rows], layers, config)
+                chunk_losses, factors = loss_factors(*chunk_stats[:2], batch, rows, config)
+                losses, stats = [a + b for a, b in zip(losses, chunk_losses)], [*stats, chunk_stats]
+                factors = factors[learn, :, None].to(dtype)
+                deltas = logits[learn].flatten(0, 1)  # but for the factors
+                grad[:, rows] = (deltas @ weight).view_as(grad[:, rows]).mul_(factors)
+                if head_learns:
+                    writers = deltas if config.lens_grad == "all" else deltas[: chunk.shape[1] * policy_learns]
+                    scaled = (chunk[learn] * factors).flatten(0, 1)[: len(writers)]
+                    add_product(head_grad, writers, scaled)
+        ctx.save_for_backward(grad, head_grad)
+        ctx.policy_learns = int(policy_learns)
         ctx.dtypes = policy_hidden.dtype, None if student_hidden is None else student_hidden.dtype, head.dtype
-        outputs = *sums, *(torch.cat(column, dim=-1) for column in zip(*stats))
+        outputs = *losses, *(torch.cat(column, dim=-1) for column in zip(*stats))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, *_):
-        grads = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return grads[0], grads[1], None, grads[2], None, None
+        grad, head_grad = ctx.saved_tensors
+        policy, students = grad[: ctx.policy_learns], grad[ctx.policy_learns :]
+        policy = policy[0].to(ctx.dtypes[0]) * scale if len(policy) else None
+        students = students.to(ctx.dtypes[1]) * scale if len(students) else None
+        head_grad = None if head_grad is None else head_grad.mul_(scale).to(ctx.dtypes[2])
+        return policy, students, None, head_grad, None, None
 
 
-def lens_chunk(policy_hidden, student_hidden, teacher_hidden, weight, batch, rows, config):
-    """A chunk of `LensPass`: hidden states of its n tokens, students and teacher may be None; head (V, D).
+def lens_rows(logits: Tensor, targets: Tensor, layers: int, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `LensPass` wants to know of logits (1 + layers [+ 1], n, V): policy's, students', a foreign teacher's.
 
-    -> token loss, policy loss, think loss; log-probs, JS, both entropies; gradients of the token loss by the logits of
-    policy, (n, V), and students, (layers, n, V). The teacher gets none of JS: that omission is the stop-gradient of
-    Eq. 6-7. Works in place where a tensor is not needed again.
+    -> log-probs (n,), JS (layers, n), entropy (n,), student entropy (layers, n). The logits are then overwritten: the
+    policy's by -T d logprob / dz, the students' by 2 tau d JS / dz, in the logits' dtype. The teacher's get none: that
+    omission is the stop-gradient of Eq. 6-7. On a CPU a few rows at a time, so that all between stays in its cache; on
+    a GPU compiled, so that it is never in memory at all.
     """
-    T, tau, targets = config.temperature, config.distill_temperature, batch.target_ids[rows, None]
-    logits = F.linear(policy_hidden, weight)  # (n, V)
-    policy = _log_softmax(logits, T)
-    logprobs = policy.gather(1, targets)[:, 0]
-    js, student_entropy = torch.zeros_like(logprobs)[None], torch.zeros_like(logprobs)[None]
-    if student_hidden is not None:
-        if teacher_hidden is not None:
-            logits = F.linear(teacher_hidden, weight)
-        teacher = policy if teacher_hidden is None and tau == T else _log_softmax(logits, tau)
-        del logits
-        student = _log_softmax(F.linear(student_hidden, weight), tau)
-        p = student.exp()
-        ratio, teacher_ratio = _log_ratios(student, teacher)
-        if config.js_clip:
-            terms = (p * ratio + teacher.exp() * teacher_ratio) / 2
-            ratio = ratio.masked_fill(terms > config.js_clip, 0.0)  # what is clipped has no gradient
-        kl = (p * ratio).sum(-1)  # KL(p^l || m)
-        js = (kl + teacher_ratio.mul_(teacher.exp()).sum(-1)) / 2
-        if config.js_clip:
-            js = terms.clamp(max=config.js_clip).sum(-1)
-        del teacher, teacher_ratio
-        student_entropy = -student.mul_(p).sum(-1)
+    settings = layers, config.temperature, config.distill_temperature, config.js_clip
+    if logits.is_cuda:
+        return _compiled_rows()(logits, targets, *settings)
+    size = max(1, CACHED_NUMBERS // logits[:, 0].numel()) if logits.numel() else 1
+    blocks = zip(logits.split(size, dim=1), targets.split(size))
+    return tuple(torch.cat(column, -1) for column in zip(*(_lens_rows(*block, *settings) for block in blocks)))
+
+
+@functools.cache
+def _compiled_rows() -> Callable:
+    return torch.compile(_lens_rows, fullgraph=True, dynamic=True)
+
+
+def _lens_rows(logits: Tensor, targets: Tensor, layers: int, T: float, tau: float, clip: float) -> tuple:
+    students = slice(1, 1 + layers)
+    policy = _log_softmax(logits[0], T)
+    policy_p = policy.exp()
+    logprobs = policy.gather(1, targets[:, None])
+    entropy = -(policy_p * policy).sum(-1)
+    js = student_entropy = entropy.new_zeros(layers, len(targets))
+    if layers:
+        foreign = len(logits) > 1 + layers
+        teacher = _log_softmax(logits[-1 if foreign else 0], tau) if foreign or tau != T else policy
+        student = _log_softmax(logits[students], tau)
+        p, ratio, teacher_ratio = student.exp(), *_log_ratios(student, teacher)
+        student_entropy = -(p * student).sum(-1)
+        q = teacher.exp()
+        if clip:
+            terms = (p * ratio + q * teacher_ratio) / 2
+            ratio = ratio.masked_fill(terms > clip, 0.0)  # what is clipped has no gradient
+        kl = (p * ratio).sum(-1, keepdim=True)  # KL(p^l || m)
+        js = terms.clamp(max=clip).sum(-1) if clip else (kl[..., 0] + (q * teacher_ratio).sum(-1)) / 2
+        logits[students] = p * (ratio - kl)
+    logits[0] = policy_p
+    logits[0].scatter_(1, targets[:, None], torch.expm1(logprobs).to(logits.dtype))
+    return logprobs[:, 0], js, entropy, student_entropy
+
+
+def loss_factors(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
+    """The losses of some tokens, and what `lens_rows` leaves of the logits must be multiplied by: (1 + layers, n).
+
+    -> (token loss, policy loss, think loss), factors.
+    """
     with torch.enable_grad():
-        logprobs, js = logprobs.requires_grad_(), js.requires_grad_()
+        logprobs, js = logprobs.detach().requires_grad_(), js.detach().requires_grad_()
         policy_loss, think_loss = token_losses(logprobs, js, batch, rows, config)
         token_loss = policy_loss + config.think_weight * think_loss
-        by_logprob, by_js = torch.autograd.grad(token_loss, (logprobs, js))
-    policy_p = policy.exp()
-    entropy = -policy.mul_(policy_p).sum(-1)
-    policy_delta = policy_p.mul_(-by_logprob[:, None] / T).scatter_add_(1, targets, by_logprob[:, None] / T)
-    student_delta = None
-    if student_hidden is not None and config.think_weight:
-        student_delta = ratio.sub_(kl[..., None]).mul_(p).mul_(by_js[..., None] / (2 * tau))
-    sums = token_loss.detach(), policy_loss.detach(), think_loss.detach()
-    return sums, (logprobs.detach(), js.detach(), entropy, student_entropy), (policy_delta, student_delta)
+        by_logprob, by_js = torch.autograd.grad(token_loss, (logprobs, js), materialize_grads=True)
+    factors = torch.cat([-by_logprob[None] / config.temperature, by_js / (2 * config.distill_temperature)])
+    return (token_loss.detach(), policy_loss.detach(), think_loss.detach()), factors
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, (n, V), (n, D) -> (V, D), summed in float32."""
+    if total.is_cuda and total.dtype != left.dtype:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    elif total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right
 
 
 def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
@@ -1237,45 +1275,7 @@ def load_shards(model: TappedModel, source: TappedModel | None, device: torch.de
     for name, buffer in buffers[0].items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer.to(device)
-    hold_to_source(model, source, device)
-
-
-def hold_to_source(model: TappedModel, source: TappedModel | None, device: torch.device) -> None:
-    """Every parameter and buffer must be what rank 0 has in `source`. Raises: UserError that names the first other."""
-
-    def tensors(model: TappedModel) -> dict[str, Tensor]:
-        return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-    loaded, differing = tensors(source) if source is not None else {}, []
-    for name, tensor in tensors(model).items():
-        mine = full_tensor(tensor, device)  # all ranks gather, rank 0 compares
-        if source is not None and not (name in loaded and torch.equal(mine.cpu(), loaded[name].cpu())):
-            differing.append(name)
-    differing = gather(differing)
-    if differing:
-        raise UserError(f"{type(model).__name__}: {differing[0]} did not reach the sharded model as it was loaded")
-
-
-def full_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """A parameter as an ordinary tensor on the device. Of a sharded one, all ranks must ask in the same order."""
-    tensor = tensor.detach().to(device)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def full_weights(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each weight as the model's files have it, adapters merged, one whole tensor at a time.
-
-    All ranks must iterate to the end. Tied weights come once, under the first of their names.
-    """
-    kept = model.state_dict().keys()  # its hooks also reshard what a forward pass without backward left whole
-    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in kept)]
-    for name, tensor in tensors:
-        owner, adapted, last = name.rpartition(".base_layer.")
-        if adapted and last == "weight":
-            delta = full_tensor(model.get_submodule(owner).get_delta_weight("default"), device)
-            yield f"{owner}.weight", (full_tensor(tensor, device) + delta).to(dtype)
-        elif ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), full_tensor(tensor.detach().to(dtype), device)
+    plumbing.hold_to_source(model, source, device)
 
 
 # ----------------------------------------------------- A run ---------------------------------------------------------
@@ -1425,30 +1425,6 @@ def make_hf_sampler(model, end_ids: list[int], config: Config, device: torch.dev
     return laptop.HfSampler(model, end_ids, *settings, config.dtype == "bfloat16", device, root)
 
 
-# ----------------------------------------------------- Export --------------------------------------------------------
-
-def export(run: Run) -> Path:
-    """`final/`: an ordinary Hugging Face folder, in the dtype of the model's own files.
-
-    Weights are made whole one at a time; rank 0's host holds a copy in that dtype while it writes.
-    """
-    temporary, final, model = run.folder / "final.part", run.folder / "final", run.model.model
-    state = {}
-    for name, tensor in full_weights(model, run.export_dtype, run.accelerator.device):
-        if rank() == 0:
-            state[name] = tensor.to("cpu", copy=True).contiguous()
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=state, max_shard_size="4GB")
-        model_config = copy(model.config)
-        model_config.dtype = run.export_dtype  # not the trainer's float32
-        for part in (model_config, run.generation_config, run.tokenizer):
-            part.save_pretrained(temporary)
-        plumbing.finish_folder(temporary, final)
-    run.accelerator.wait_for_everyone()
-    return final
-
-
 # ----------------------------------------------------- Train ---------------------------------------------------------
 
 def report_accuracy(run: Run) -> None:
@@ -1489,7 +1465,7 @@ def train(run: Run) -> None:
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", think_js=f"{metrics['think_js']:.3f}")
             run.signals.check()
-    say(f"trained model: {export(run)}; curves: {run.folder / 'curves.png'}")
+    say(f"trained model: {plumbing.export(run)}; curves: {run.folder / 'curves.png'}")
     if failures := sum(gather([run.grader.timeouts + run.grader.crashes])):
         say(f"grading: {failures} responses ran out of time or memory and scored 0")
 

@@ -1,4 +1,4 @@
-"""The plumbing of a run: processes, signals, its folder, checkpoints, log and picture.
+"""The plumbing of a run: processes, signals, its folder, checkpoints, whole weights, log and picture.
 
 Nothing here knows the method. Every function takes the run of `oisd.py`, or a folder.
 """
@@ -20,7 +20,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,12 +29,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from settings import ROOT, UserError, one_line
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from oisd import Config, Rollout, Run
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves and loads on its own
@@ -335,6 +340,69 @@ def stop(run: Run, reason: str, save: bool) -> bool:
     if rank() == 0:
         print(f"\noisd: {reason}; {kept}; continue by: {again}", file=sys.stderr)
     return saved
+
+
+# ----------------------------------------------------- Whole weights --------------------------------------------------
+
+
+def hold_to_source(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+    """Every parameter and buffer must be what rank 0 has in `source`. Raises: UserError that names the first other."""
+
+    def tensors(model: nn.Module) -> dict[str, Tensor]:
+        return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+    loaded, differing = tensors(source) if source is not None else {}, []
+    for name, tensor in tensors(model).items():
+        mine = full_tensor(tensor, device)  # all ranks gather, rank 0 compares
+        if source is not None and not (name in loaded and torch.equal(mine.cpu(), loaded[name].cpu())):
+            differing.append(name)
+    differing = gather(differing)
+    if differing:
+        raise UserError(f"{type(model).__name__}: {differing[0]} did not reach the sharded model as it was loaded")
+
+
+def full_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """A parameter as an ordinary tensor on the device. Of a sharded one, all ranks must ask in the same order."""
+    tensor = tensor.detach().to(device)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_weights(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight as the model's files have it, adapters merged, one whole tensor at a time.
+
+    All ranks must iterate to the end. Tied weights come once, under the first of their names.
+    """
+    kept = model.state_dict().keys()  # its hooks also reshard what a forward pass without backward left whole
+    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in kept)]
+    for name, tensor in tensors:
+        owner, adapted, last = name.rpartition(".base_layer.")
+        if adapted and last == "weight":
+            delta = full_tensor(model.get_submodule(owner).get_delta_weight("default"), device)
+            yield f"{owner}.weight", (full_tensor(tensor, device) + delta).to(dtype)
+        elif ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), full_tensor(tensor.detach().to(dtype), device)
+
+
+def export(run: Run) -> Path:
+    """`final/`: an ordinary Hugging Face folder, in the dtype of the model's own files.
+
+    Weights are made whole one at a time; rank 0's host holds a copy in that dtype while it writes.
+    """
+    temporary, final, model = run.folder / "final.part", run.folder / "final", run.model.model
+    state = {}
+    for name, tensor in full_weights(model, run.export_dtype, run.accelerator.device):
+        if rank() == 0:
+            state[name] = tensor.to("cpu", copy=True).contiguous()
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=state, max_shard_size="4GB")
+        model_config = copy(model.config)
+        model_config.dtype = run.export_dtype  # not the trainer's float32
+        for part in (model_config, run.generation_config, run.tokenizer):
+            part.save_pretrained(temporary)
+        finish_folder(temporary, final)
+    run.accelerator.wait_for_everyone()
+    return final
 
 
 # ----------------------------------------------------- Log ------------------------------------------------------------

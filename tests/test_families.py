@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import inputs
 import oisd
+import plumbing
 from settings import UserError
 from tools.families import CONFIG, LONGEST, judge, made_rollouts, tiny_config, tiny_model
 
@@ -144,7 +145,7 @@ def test_a_sharded_model_gets_every_tensor_of_its_source(tmp_path, monkeypatch):
         rope = model.model.model.rotary_emb
         rope.original_inv_freq = rope.original_inv_freq + 1
         with pytest.raises(UserError, match=r"rotary_emb\.original_inv_freq did not reach"):
-            oisd.hold_to_source(model, source, torch.device("cpu"))
+            plumbing.hold_to_source(model, source, torch.device("cpu"))
         monkeypatch.setattr(oisd.sharded_state, "set_model_state_dict", lambda *_, **__: None)
         with pytest.raises(UserError, match=r"embed_tokens\.weight did not reach"):
             oisd.load_shards(model, source, torch.device("cpu"))

@@ -21,14 +21,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,15 +76,26 @@ def planned_attention(module, query, key, value, mask, scaling=None, **_):
 AttentionInterface.register("planned", planned_attention)
 
 
+def planned_rows(logits: torch.Tensor, targets: torch.Tensor, layers: int, config: Config) -> tuple:
+    """`lens_rows` as it is compiled: nothing between logits and statistics lies in memory."""
+    logits.zero_()
+    tokens, by_layer = (torch.zeros(*shape, len(targets)) for shape in ((), (layers,)))
+    return tokens, by_layer, tokens, by_layer
+
+
 @contextlib.contextmanager
-def planned_kernel() -> Iterator[None]:
-    """Within, `sdpa` is `planned_attention`, packed and tapped like any kernel."""
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def planned_kernels() -> Iterator[None]:
+    """Within, `sdpa` is `planned_attention`, packed and tapped like any kernel, and the lens pass works as on a GPU."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"], oisd.lens_rows, oisd.add_product
     AttentionInterface.register("sdpa", oisd._tapped_attention("planned"))
+    oisd.lens_rows = planned_rows
+    # The work of adding bfloat16 products up in float32, with no more memory; what it writes is nobody's.
+    oisd.add_product = lambda total, a, b: torch.mm(a.T, b, out=total.view(a.dtype)[:, : b.shape[1]])
     try:
         yield
     finally:
-        AttentionInterface.register("sdpa", before)
+        oisd.lens_rows, oisd.add_product = before[1:]
+        AttentionInterface.register("sdpa", before[0])
 
 
 def longest_batch(config: Config) -> list[Rollout]:
@@ -127,7 +136,7 @@ def plan(config: Config, gpus: int) -> Plan:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         mesh = init_device_mesh("cpu", (gpus,))
-        with planned_kernel(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with planned_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             tensors = {name: value for name, value in vars(real).items() if isinstance(value, torch.Tensor)}
             batch = dataclasses.replace(real, **{name: mode.from_tensor(value) for name, value in tensors.items()})
             model = fake_model(shell, mesh, config)
@@ -186,16 +195,10 @@ def step_flops(counted: int, lengths: list[int], config: Config, model: TappedMo
 
 
 def logits_bytes(config: Config, model: TappedModel) -> int:
-    """What `lens_chunk` holds at its peak beside its inputs."""
-    n, (V, D) = config.lens_chunk_tokens, model.model.get_output_embeddings().weight.shape
-    dtype = getattr(torch, config.dtype)
-    with FakeTensorMode():
-        hidden, head, numbers = torch.empty(n, D, dtype=dtype), torch.empty(V, D, dtype=dtype), torch.zeros(n)
-        batch = SimpleNamespace(target_ids=numbers.long(), advantages=numbers, old_logprobs=numbers)
-        batch.sampler_logprobs = numbers
-        with (tracker := MemTracker()):
-            oisd.lens_chunk(hidden, hidden[None], None, head, batch, slice(0, n), config)
-        return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+    """Of a chunk of the lens pass: policy's and students', which their derivatives take the place of."""
+    width = 2 if config.dtype == "bfloat16" else 4
+    rows = (1 + len(config.student_layers)) * config.lens_chunk_tokens
+    return width * rows * len(model.model.get_output_embeddings().weight)
 
 
 def verdicts(found: Plan, config: Config) -> dict[int, str]:
