@@ -169,7 +169,9 @@ def end_token_ids(generation_config: GenerationConfig, tokenizer: PreTrainedToke
 def check_packages(config: Config) -> None:
     """Raises: UserError for an optional package that the settings need and that is not installed."""
     needed = {config.tracker: config.tracker != "none", "peft": config.lora_rank > 0}
-    needed["flash_attn"] = config.attention == "flash_attention_2"
+    needed["flash_attn"] = config.kernel == "flash_attention_2"
+    if config.kernel == "varlen" and not torch.cuda.is_available():
+        raise UserError("attention = 'varlen' needs a CUDA GPU: leave it 'auto', which is 'sdpa' without one")
     for package, wanted in needed.items():
         if wanted and find_spec(package) is None:
             name = package.replace("_", "-")
@@ -211,7 +213,7 @@ def load_model(config: Config, empty_on: str = "") -> tuple[PreTrainedModel, tor
     dtype = getattr(torch, config.dtype) if config.lora_rank else torch.float32
     try:
         model_config = AutoConfig.from_pretrained(config.model)
-        settings = {"dtype": dtype, "attn_implementation": config.attention}
+        settings = {"dtype": dtype, "attn_implementation": config.kernel}
         if empty_on:
             with torch.device(empty_on):
                 model = AutoModelForCausalLM.from_config(model_config, **settings)
@@ -322,10 +324,10 @@ def check_alone(tapped: TappedModel, rows: list[list[int]]) -> list[Tensor]:
         if tap.query is None:
             raise UserError(f"has no attention in layer {layer} that a tap sees")
     window = tapped.smallest_window
-    if window and config.longest > window and config.attention != "flash_attention_2":
+    if window and config.longest > window and config.kernel not in ("varlen", "flash_attention_2"):
         raise UserError(
             f"has a sliding window of {window} tokens, but max_prompt_tokens + max_response_tokens = {config.longest}; "
-            f"set attention = 'flash_attention_2', or let them be {window} together"
+            f"set attention = 'varlen' (needs CUDA), or let them be {window} together"
         )
     if window and window <= 128:  # a row that is longer costs little
         plain_logits((rows[1] * window)[: window + 2])

@@ -72,9 +72,11 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import exploration
@@ -156,7 +158,7 @@ class Config:
     attention_strided: Count = 64  # at most so many keys before the window, evenly spaced from position 0
     # Compute
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and optimizer are float32
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # attention kernel of the trainer
+    attention: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = "auto"  # varlen on CUDA, else sdpa
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     cpu_offload: bool = False  # keep weights, gradients and optimizer in the host's memory; on GPUs, slow
     lora_rank: Count = 0  # train adapters of this rank on every linear layer but the head; 0: train all weights
@@ -189,8 +191,8 @@ class Config:
             raise UserError(f"{both}: set both or neither")
         if self.policy_layer and self.importance_cap:
             raise UserError("importance_cap compares with the sampler, which policy_layer's policy is not: set it to 0")
-        if self.attention == "flash_attention_2" and self.dtype == "float32":
-            raise UserError("attention = 'flash_attention_2' computes in bfloat16 only, but dtype = 'float32'")
+        if self.attention in ("varlen", "flash_attention_2") and self.dtype == "float32":
+            raise UserError(f"attention = {self.attention!r} computes in bfloat16 only, but dtype = 'float32'")
         if self.max_tokens_per_gpu < self.longest:
             needed = f"max_prompt_tokens + max_response_tokens = {self.longest}"
             raise UserError(f"max_tokens_per_gpu = {self.max_tokens_per_gpu} cannot hold one rollout of {needed}")
@@ -199,6 +201,12 @@ class Config:
     def student_layers(self) -> list[int]:
         """None as long as "auto" has not chosen."""
         return [] if self.student_layer == "auto" else [int(layer) for layer in str(self.student_layer).split(",")]
+
+    @property
+    def kernel(self) -> str:
+        """`attention`, decided."""
+        fits = torch.cuda.is_available() and self.dtype == "bfloat16"
+        return self.attention if self.attention != "auto" else "varlen" if fits else "sdpa"
 
     @property
     def longest(self) -> int:
@@ -606,9 +614,17 @@ def _packed_attention(kernel: Callable, module: nn.Module, query: Tensor, key: T
     return torch.cat(outputs)[None], None
 
 
+def _varlen_attention(query, key, value, borders, longest, scaling=None, sliding_window=None, **_):
+    """A packed row in one call of PyTorch's own FlashAttention: (1, H, T, d), (1, Q, T, d) twice -> (1, T, H, d)."""
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    seen = -1 if sliding_window is None else sliding_window - 1, 0  # keys before and behind the query's own
+    settings = {"scale": scaling, "window_size": seen, "enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen.varlen_attn(*rows, borders, borders, longest, longest, **settings)[None], None
+
+
 def _tapped_attention(name: str) -> Callable:
     """An attention function for Transformers' registry: shows query and key to the layer's tap, then does its work."""
-    registered = ALL_ATTENTION_FUNCTIONS.get(name)
+    registered = ALL_ATTENTION_FUNCTIONS.get("sdpa" if name == "varlen" else name)  # for rows that are not packed
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **settings):
         # Only the modelling file knows its eager attention; Transformers registers the other kernels.
@@ -618,6 +634,8 @@ def _tapped_attention(name: str) -> Callable:
             raise UserError("mixes up packed rows: its layers drop the borders between rollouts")
         if tap.recording:
             tap.see(query, key, **settings)
+        if packed and name == "varlen":
+            return _varlen_attention(query, key, value, settings["cu_seq_lens_q"], settings["max_length_q"], **settings)
         if packed and "flash" not in name:
             return _packed_attention(kernel, module, query, key, value, **settings)
         settings.pop("lengths", None)
@@ -629,7 +647,8 @@ def _tapped_attention(name: str) -> Callable:
     return attention
 
 
-for _name in ("eager", "sdpa", "flash_attention_2"):
+AttentionMaskInterface.register("varlen", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+for _name in ("varlen", "eager", "sdpa", "flash_attention_2"):
     # Under their own names: Transformers asks by name whether a kernel is flash. Modules without a tap see no change.
     AttentionInterface.register(_name, _tapped_attention(_name))
 

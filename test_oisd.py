@@ -28,7 +28,7 @@ SHAPE = {
     "num_key_value_heads": 2,  # grouped queries
     "head_dim": 8,
 }
-FAMILIES = {"qwen3": Qwen3Config, "llama": LlamaConfig, "qwen2": Qwen2Config}  # q/k-norm, none, biases
+FAMILIES = {"qwen3": Qwen3Config, "llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
 CONFIG = dataclasses.replace(
     oisd.Config(),
     student_layer=2,
@@ -470,6 +470,44 @@ def test_sliding_windows_are_refused_where_they_would_be_ignored():
     inputs.check_model(oisd.TappedModel(model, with_config(max_prompt_tokens=10, max_response_tokens=10)))
     with pytest.raises(UserError, match="sliding window of 20"):
         inputs.check_model(oisd.TappedModel(model, with_config(max_prompt_tokens=11, max_response_tokens=10)))
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """Stands in for PyTorch's kernel, which needs CUDA: what its documentation says, sequence by sequence."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == max_k == cu_seq_q.diff().max()
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    outputs = []
+    for start, end in itertools.pairwise(cu_seq_q.tolist()):
+        q, k, v = (x[start:end].repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (query, key, value))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        unseen = (distance < -window_size[1]) | ((distance > window_size[0]) & (window_size[0] >= 0))
+        scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(unseen, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("family,window", [("qwen3", None), ("mistral", None), ("mistral", 7)])
+def test_varlen_gets_the_borders_heads_and_window(monkeypatch, family, window):
+    """Hidden states and gradients with the stand-in, against each rollout alone by sdpa."""
+    monkeypatch.setattr(oisd.varlen, "varlen_attn", varlen_attn)
+    rollouts, config = random_rollouts(5), with_config()
+    shape = {"sliding_window": window} if family == "mistral" else {}
+    packed, plain = (random_model(family, attention=kernel, **shape) for kernel in ("varlen", "sdpa"))
+    alone = []
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])
+        alone.append(plain.get_decoder()(input_ids=ids).last_hidden_state[0, len(rollout.prompt_ids) - 1 : -1])
+    expected = torch.cat(alone)
+    tapped = oisd.TappedModel(packed, config)
+    batch = oisd.pack(rollouts, config)
+    seen = tapped.hidden_states(batch)[batch.predicted - 1]
+    torch.testing.assert_close(seen, expected, **DOUBLE)
+    weight = torch.randn_like(seen)
+    theirs = torch.autograd.grad((expected * weight).sum(), list(plain.get_decoder().parameters()))
+    ours = torch.autograd.grad((seen * weight).sum(), list(packed.get_decoder().parameters()))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, **DOUBLE)
+    inputs.check_model(tapped)  # rows that are not packed, as in generation, go another way
 
 
 def test_weights_of_zero_are_grpo():
