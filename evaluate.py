@@ -446,4 +446,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    oisd.program(main)
+    plumbing.program(main)

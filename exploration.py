@@ -11,7 +11,7 @@ the lens, is less certain of the next token than before it. The student is the l
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,8 @@ FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # what decoder 
 def ffn_entropies(model: TappedModel, batch: PackedBatch) -> list[Tensor]:
     """Lens entropies of the response tokens, each (N,): before the FFN of every layer, then after that of every layer.
 
-    Read while the layer runs, chunk by chunk: neither hidden states of all layers nor logits of all tokens are kept.
+    At the policy's temperature. Read while the layer runs, chunk by chunk: neither hidden states of all layers nor
+    logits of all tokens are kept.
     Raises: UserError for a layer without an FFN between two points of its residual stream.
     """
     entropies: list[list[Tensor]] = [[], []]
@@ -47,6 +48,16 @@ def ffn_entropies(model: TappedModel, batch: PackedBatch) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return entropies[0] + entropies[1]
+
+
+def mean_entropies(model: TappedModel, batches: Iterable[PackedBatch]) -> Tensor:
+    """Means of `ffn_entropies` over the response tokens of all ranks' batches, as many on each: -> (2 layers,)."""
+    total = torch.zeros(2 * len(model.layers) + 1, dtype=torch.float64)
+    for batch in batches:
+        entropies = torch.stack(model(ffn_entropies, model, batch))
+        total += torch.cat([entropies.double().sum(1).cpu(), torch.tensor([entropies.shape[1]])])
+    *sums, tokens = torch.stack(plumbing.gather([total])).sum(0)
+    return torch.stack(sums) / tokens
 
 
 def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
@@ -93,9 +104,9 @@ def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
 
 
 def report(means: Tensor, folder: Path) -> int:
-    """Say, save (layers.csv, layers.png) and apply the rule. `means`: (2 layers,), as `ffn_entropies` orders them.
+    """Say, save (layers.csv, layers.png) and apply the rule: -> the student layer, 0 if no signal is positive.
 
-    Raises: UserError if no layer below the last has a positive signal.
+    `means`: (2 layers,), as `ffn_entropies` orders them.
     """
     before, after = means.view(2, -1).tolist()
     signals = [b - a for a, b in zip(before, after)]
@@ -108,6 +119,7 @@ def report(means: Tensor, folder: Path) -> int:
     lines = [f"{layer:5} {a:11.4f} {b:10.4f} {signal:+11.4f}" for layer, a, b, signal in rows]
     plumbing.say("\n".join(["layer  H before    H after      signal   (lens entropy around the FFN, nats)", *lines]))
     if not positive:
-        raise UserError(f"student_layer = 'auto': no FFN below layer {len(rows)} raises the lens entropy; set a number")
+        plumbing.say(f"no FFN below layer {len(rows)} raises the lens entropy: the rule names no layer; see {folder}")
+        return 0
     plumbing.say(f"student layer {positive[-1]}: the last with a positive signal, below the teacher; see {folder}")
     return positive[-1]

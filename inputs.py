@@ -196,10 +196,10 @@ def read_model_config(config: Config) -> PreTrainedConfig:
         )
     if config.policy_layer >= layers:
         raise UserError(f"policy_layer = {config.policy_layer}, but {config.model} has {layers} layers; 0 is the last")
-    if positions and config.longest > positions:
+    if positions and config.longest_row > positions:
         raise UserError(
-            f"max_prompt_tokens + max_response_tokens = {config.longest} exceed the {positions} positions of "
-            f"{config.model}; max_response_tokens = {positions - config.max_prompt_tokens} would fit"
+            f"{config.prompt_limit} + max_response_tokens = {config.longest_row} exceed the {positions} positions of "
+            f"{config.model}; {config.longest_row - positions} fewer would fit"
         )
     return found
 
@@ -324,10 +324,10 @@ def check_alone(tapped: TappedModel, rows: list[list[int]]) -> list[Tensor]:
         if tap.query is None:
             raise UserError(f"has no attention in layer {layer} that a tap sees")
     window = tapped.smallest_window
-    if window and config.longest > window and config.kernel not in ("varlen", "flash_attention_2"):
+    if window and config.longest_row > window and config.kernel not in ("varlen", "flash_attention_2"):
         raise UserError(
-            f"has a sliding window of {window} tokens, but max_prompt_tokens + max_response_tokens = {config.longest}; "
-            f"set attention = 'varlen' (needs CUDA), or let them be {window} together"
+            f"has a sliding window of {window} tokens, but {config.prompt_limit} + max_response_tokens = "
+            f"{config.longest_row}; set attention = 'varlen' (needs CUDA), or let them be {window} together"
         )
     if window and window <= 128:  # a row that is longer costs little
         plain_logits((rows[1] * window)[: window + 2])
@@ -345,12 +345,12 @@ def check_packed(tapped: TappedModel, rows: list[list[int]], logits: list[Tensor
     rows, alone = [row[:window] for row in rows], torch.cat([one[:window] for one in logits])
     batch = tapped.pack_rows(rows)
     positions = batch.position_ids.clone()
-    positions[:, len(rows[0]) :] += config.longest - len(rows[1])  # the second row as the end of the longest rollout
+    positions[:, len(rows[0]) :] += config.longest_row - len(rows[1])  # the second row as the end of the longest
     far = dataclasses.replace(batch, position_ids=positions)
     for case, training, count, lack in (
         (batch, False, len(alone), "a rollout alone has other log-probs"),
         (batch, True, len(alone), "training computes something else than evaluation"),
-        (far, True, len(rows[0]), f"positions up to {config.longest - 1} change the predictions of short rollouts"),
+        (far, True, len(rows[0]), f"positions up to {config.longest_row - 1} change the predictions of short rollouts"),
     ):
         tapped.train(training)
         gap = deviation(F.linear(tapped.hidden_states(case), tapped.head)[:count], alone[:count])

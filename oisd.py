@@ -47,11 +47,11 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import statistics
 import sys
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -100,8 +100,16 @@ AtLeastOne = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Word = Annotated[str, pydantic.Field(min_length=1)]
-Layers = Annotated[str, pydantic.Field(pattern=r"^(auto|[1-9]\d*(,[1-9]\d*)+)$")]
-Student = Annotated[AtLeastOne | Layers, pydantic.Field(union_mode="left_to_right")]
+
+
+def _student(value: Any) -> int | str:
+    layers = str(value).split(",")
+    if value != "auto" and not (all(re.fullmatch("[1-9][0-9]*", n) for n in layers) and len({*layers}) == len(layers)):
+        raise ValueError("it must be a layer counted from 1, several such as '6,12', or 'auto'")
+    return int(value) if len(layers) == 1 and value != "auto" else value
+
+
+Student = Annotated[int | str, pydantic.BeforeValidator(_student)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
@@ -109,6 +117,8 @@ class Config:
     """Every setting of a run. The comment beside a field is its line in `--help`."""
 
     program: ClassVar[str] = "oisd.py"
+    table: ClassVar[str] = "tiny"  # of configs.toml, where no other is named
+    prompt_limit: ClassVar[str] = "max_prompt_tokens"  # the field that bounds the longest prompt of any pass
 
     # Model and problems
     model: Word = "tiny_model"  # Hugging Face name or folder of a decoder-only model
@@ -178,14 +188,20 @@ class Config:
     eval_samples: AtLeastOne = 1  # responses per held-out problem
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # also log there, through Accelerate
 
+    @classmethod
+    def check_table(cls, values: dict[str, Any]) -> None:
+        """Of a table's values as they are written: is it for this program? Raises: UserError."""
+        advantage = values.get("advantage", cls.advantage)
+        program = {"gae": "baselines/ppo.py", "none": "baselines/opsd.py"}.get(advantage, "oisd.py")
+        if program != cls.program:
+            raise UserError(f"advantage = {advantage!r} is for {program}: launch that instead of {cls.program}")
+
     def __post_init__(self) -> None:
         """What types and ranges cannot say. Raises: UserError."""
         if self.prompts_per_step % self.mini_batch_prompts:
             sizes = self.mini_batch_prompts, self.prompts_per_step
             raise UserError("mini_batch_prompts = {} must divide prompts_per_step = {}".format(*sizes))
-        program = {"gae": "baselines/ppo.py", "none": "baselines/opsd.py"}.get(self.advantage, "oisd.py")
-        if program != self.program:
-            raise UserError(f"advantage = {self.advantage!r} is for {program}: launch that instead of {self.program}")
+        self.check_table({"advantage": self.advantage})
         if (self.policy_layer > 0) != (self.policy_layer_steps > 0):
             both = f"policy_layer = {self.policy_layer}, policy_layer_steps = {self.policy_layer_steps}"
             raise UserError(f"{both}: set both or neither")
@@ -193,8 +209,8 @@ class Config:
             raise UserError("importance_cap compares with the sampler, which policy_layer's policy is not: set it to 0")
         if self.attention in ("varlen", "flash_attention_2") and self.dtype == "float32":
             raise UserError(f"attention = {self.attention!r} computes in bfloat16 only, but dtype = 'float32'")
-        if self.max_tokens_per_gpu < self.longest:
-            needed = f"max_prompt_tokens + max_response_tokens = {self.longest}"
+        if self.max_tokens_per_gpu < self.longest_row:
+            needed = f"{self.prompt_limit} + max_response_tokens = {self.longest_row}"
             raise UserError(f"max_tokens_per_gpu = {self.max_tokens_per_gpu} cannot hold one rollout of {needed}")
 
     @property
@@ -212,6 +228,11 @@ class Config:
     def longest(self) -> int:
         """Tokens of the longest rollout there may be."""
         return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that the trainer may see."""
+        return max(self.longest, getattr(self, self.prompt_limit) + self.max_response_tokens)
 
     @property
     def logprob_gap_limit(self) -> float:
@@ -236,7 +257,7 @@ def load_config(arguments: Sequence[str] | None = None, kind: type[Config] = Con
     given, options = parser.given(arguments)
     folder = given.get("resume")
     if not folder:
-        table, values = read_table(kind, options["config"] or "configs.toml:tiny")
+        table, values = read_table(kind, options["config"] or f"configs.toml:{kind.table}")
         return table, kind(**values | given)
     if options["config"]:
         raise UserError("--resume takes the settings of the run itself: leave --config out")
@@ -549,14 +570,15 @@ def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, ranks: int = 1) 
     together, and one that had fewer would leave the others waiting. As few as hold at most `max_tokens` tokens each:
     longest first, each rollout into the emptiest; the fullest first, so that those of one round are about equal.
     """
-    longest_first = sorted(range(len(rollouts)), key=lambda index: -rollouts[index].length)
-    count = ranks * math.ceil(sum(rollout.length for rollout in rollouts) / (max_tokens * ranks))
+    sizes = [rollout.length + rollout.notes.get("more_tokens", 0) for rollout in rollouts]
+    longest_first = sorted(range(len(rollouts)), key=lambda index: -sizes[index])
+    count = ranks * math.ceil(sum(sizes) / (max_tokens * ranks))
     while True:
         parts = [(0, number, []) for number in range(count)]  # a heap by tokens
         for index in longest_first:
             tokens, number, part = parts[0]
             part.append(index)
-            heapq.heapreplace(parts, (tokens + rollouts[index].length, number, part))
+            heapq.heapreplace(parts, (tokens + sizes[index], number, part))
         if max(tokens for tokens, _, _ in parts) <= max_tokens or count >= len(rollouts):
             return [part for _, _, part in sorted(parts, key=lambda entry: (-entry[0], entry[1]))]
         count += ranks
@@ -1332,7 +1354,7 @@ class Run:
 
 
 def prepare(name: str, config: Config, method: Method = Method()) -> Run:
-    """Everything that a run needs, the cheap checks first. Raises: UserError; a new folder is then gone again."""
+    """Everything that a run needs, the cheap checks first. Raises: UserError; an empty new folder then goes."""
     inputs.check_packages(config)
     folder, lock = plumbing.open_folder(name, config) if int(os.environ.get("RANK", 0)) == 0 else (None, None)
     try:
@@ -1401,8 +1423,11 @@ def choose_student_layer(run: Run) -> None:
     """`student_layer = "auto"`: by the layer rule, on rollouts of the model as it is. Raises: UserError: no layer."""
     run.sampler.sync(run.model.model)
     rollouts = sample_rollouts(run, step_problems(run.problems, 0, run.config), 1, "layers", 0)
-    entropies = score(run, rollouts, functools.partial(exploration.ffn_entropies, run.model))
-    layer = exploration.report(torch.cat([torch.stack(e) for e in entropies], dim=1).mean(1), run.folder)
+    mine = micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]
+    batches = (pack([rollouts[i] for i in part], run.config, run.accelerator.device) for part in mine)
+    layer = exploration.report(exploration.mean_entropies(run.model, batches), run.folder)
+    if not layer:
+        raise UserError("student_layer = 'auto': no FFN below the last layer raises the lens entropy; set a number")
     run.config = run.model.config = dataclasses.replace(run.config, student_layer=layer)
 
 
@@ -1433,13 +1458,14 @@ def prepare_model(
         load_shards(model, source, device, offload)
     else:
         model = source.to(device)
-    model.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k would bias
     if config.sampler == "hf":
         sampler = make_hf_sampler(model.model, end_ids, config, device, model)
     return model, sampler, export_dtype, generation_config
 
 
 def make_hf_sampler(model, end_ids: list[int], config: Config, device: torch.device, root: TappedModel | None = None):
+    """Transformers' sampler of `model`, whose own generation config goes: top-k or a penalty would bias."""
+    model.generation_config = GenerationConfig(eos_token_id=end_ids)
     settings = config.temperature, config.max_response_tokens, config.sampler_batch
     return laptop.HfSampler(model, end_ids, *settings, config.dtype == "bfloat16", device, root)
 
@@ -1520,26 +1546,5 @@ def main(arguments: Sequence[str] | None = None, method: Method = Method()) -> i
     return code
 
 
-def program(main: Callable[[], int] = main) -> None:
-    """`main` as a program. One of several ranks leaves without Python's own end.
-
-    After an error that would wait for the others, and they for this one; so the launcher sees it gone and ends them.
-    And on a loaded machine it can abort in gloo's threads, when all is saved already.
-    """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    try:
-        status = main()
-    except BaseException:
-        if not several:
-            raise
-        traceback.print_exc()
-        status = 1
-    if several:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    program()
+    plumbing.program(main)

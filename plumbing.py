@@ -19,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -119,6 +120,27 @@ def make_accelerator(config: Config, folder: Path, hours: float) -> Accelerator:
             raise UserError(f"several processes share one GPU: {', '.join(cards)}; launch one process per GPU")
         say(f"GPUs by rank: {', '.join(cards)}")
     return accelerator
+
+
+def program(main: Callable[[], int]) -> None:
+    """`main` as a program. One of several ranks leaves without Python's own end.
+
+    After an error that would wait for the others, and they for this one; so the launcher sees it gone and ends them.
+    And on a loaded machine it can abort in gloo's threads, when all is saved already.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    try:
+        status = main()
+    except BaseException:
+        if not several:
+            raise
+        traceback.print_exc()
+        status = 1
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 # ----------------------------------------------------- Signals --------------------------------------------------------

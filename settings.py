@@ -67,7 +67,7 @@ def checked(kind: type, name: str, value: Any, origin: str) -> Any:
         return pydantic.TypeAdapter(field_type).validate_python(value, strict=origin != "command line")
     except pydantic.ValidationError as problem:
         choices = get_args(field_type) if get_origin(field_type) is Literal else ()
-        reason = problem.errors()[0]["msg"].replace("Input should", "it must").replace("String should", "it must")
+        reason = problem.errors()[0]["msg"].replace("Input should", "it must").replace("Value error, ", "")
         raise UserError(f"{origin}: {name} = {value!r}: {reason}{nearest(str(value), choices)}") from None
 
 
@@ -88,7 +88,7 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
     if not table and len(known) != 1:
         raise UserError(f"--config {address}: name a table, FILE:TABLE, one of {', '.join(known)}")
     name = table = table or known[0]
-    values, visited, fields = {}, [], list(field_types(kind))
+    merged, visited, fields = {}, [], list(field_types(kind))
     while name:
         if name not in known:
             raise UserError(f"{file} has no table {name!r}, only {', '.join(known)}{nearest(name, known)}")
@@ -97,11 +97,14 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
         visited.append(name)
         base = tables[name].pop("base", "")
         for key, value in tables[name].items():
-            if key not in fields:
-                raise UserError(f"{file}:{name}: there is no field {key!r}{nearest(key, fields)}; see --help")
-            values.setdefault(key, checked(kind, key, value, f"{file}:{name}"))
+            merged.setdefault(key, (value, f"{file}:{name}"))
         name = base
-    return table, values
+    if hasattr(kind, "check_table"):
+        kind.check_table({key: value for key, (value, _) in merged.items()})
+    for key, (_, origin) in merged.items():
+        if key not in fields:
+            raise UserError(f"{origin}: there is no field {key!r}{nearest(key, fields)}; see --help")
+    return table, {key: checked(kind, key, value, origin) for key, (value, origin) in merged.items()}
 
 
 def toml_table(name: str, settings: Any) -> str:

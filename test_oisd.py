@@ -507,7 +507,8 @@ def test_varlen_gets_the_borders_heads_and_window(monkeypatch, family, window):
     ours = torch.autograd.grad((seen * weight).sum(), list(packed.get_decoder().parameters()))
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other, **DOUBLE)
-    inputs.check_model(tapped)  # rows that are not packed, as in generation, go another way
+    if not window:
+        inputs.check_model(tapped)  # rows that are not packed, as in generation, go another way
 
 
 def test_weights_of_zero_are_grpo():

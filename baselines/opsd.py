@@ -33,8 +33,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inputs
 import oisd
+import plumbing
 from inputs import Problem
-from oisd import AtLeastOne, Config, LensPass, PackedBatch, Rollout, TappedModel, Word, pack
+from oisd import AtLeastOne, Config, LensPass, NotNegative, PackedBatch, Rollout, TappedModel, Word, pack
 from settings import UserError
 
 TEMPLATE = """{question}
@@ -49,7 +50,10 @@ Make sure that you understand it. Then solve the problem yourself, in your own w
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
 class OpsdConfig(Config):
     program: ClassVar[str] = "baselines/opsd.py"
+    table: ClassVar[str] = "tiny_opsd"
+    prompt_limit: ClassVar[str] = "max_teacher_tokens"
     advantage: Literal["none"] = "none"  # every token counts alike, whatever the reward
+    js_clip: NotNegative = 0.05  # most that each term of the vocabulary adds to JS, as in OPSD's code; 0: no limit
     # OPSD
     solution_field: Word = "solution"  # column with a reference solution; a.b for nested ones
     solution_template: Word = TEMPLATE  # the teacher's last message, with {question} and {solution}
@@ -60,6 +64,9 @@ class OpsdConfig(Config):
         if not self.think_weight or self.attention_weight:
             weights = f"think_weight = {self.think_weight}, attention_weight = {self.attention_weight}"
             raise UserError(f"{weights}: OPSD's loss is weighted by think_weight, and the other has to be 0")
+        for name in ("policy_layer", "importance_cap", "lens_grad"):
+            if getattr(self, name) != (usual := getattr(Config, name)):
+                raise UserError(f"{name} = {getattr(self, name)!r}: OPSD has no such thing, leave it {usual!r}")
         if "{question}" not in self.solution_template or "{solution}" not in self.solution_template:
             raise UserError(f"solution_template = {self.solution_template!r} lacks {{question}} or {{solution}}")
 
@@ -121,10 +128,12 @@ def set_advantages(run: oisd.Run, rollouts: Sequence[Rollout]) -> None:
     """1 for every rollout; and each gets its teacher's prompt."""
     prompts = {problem.row: problem.teacher_ids for problem in run.problems}
     for rollout in rollouts:
-        rollout.advantage, rollout.notes = 1.0, {"teacher_ids": prompts[rollout.row]}
+        teacher_ids = prompts[rollout.row]
+        more = max(0, len(teacher_ids) - len(rollout.prompt_ids))  # a micro-batch holds the teacher's rows as well
+        rollout.advantage, rollout.notes = 1.0, {"teacher_ids": teacher_ids, "more_tokens": more}
 
 
 OPSD = oisd.Method(OpsdConfig, SelfTeacher, set_advantages, load_problems)
 
 if __name__ == "__main__":
-    oisd.program(functools.partial(oisd.main, method=OPSD))
+    plumbing.program(functools.partial(oisd.main, method=OPSD))

@@ -7,12 +7,12 @@ Sampler, grader, optimizer, sharding, checkpoints and policy loss are those of `
 the places that `oisd.Method` names: a model that adds the critic's loss, and a function that sets advantages. The
 reward comes with the last token, and a state's value is what the critic reads where that token is predicted:
 
-    delta_t = r_t + gamma V_{t+1} - V_t      A_t = sum_k (gamma lambda)^k delta_{t+k}, whitened      R_t = A_t + V_t
+    delta_t = r_t + gamma V_{t+1} - V_t        A_t = sum_k (gamma lambda)^k delta_{t+k}        R_t = A_t + V_t
     L_value = 1/N sum 1/2 max((V - R)^2, (V_old + clip(V - V_old) - R)^2)
 
-The critic is the policy's decoder with a head of one number, zero at first: a second trunk, or the policy's own with
-`share_trunk`. Its gradients are clipped apart from the policy's. The paper only names PPO; gamma = lambda = 1 and
-whitening are its reference's, learning rate and clip of the critic are the defaults of verl.
+The policy is trained with A whitened. The critic is the policy's decoder with a head of one number, zero at first: a
+second trunk, or the policy's own with `share_trunk`. Its gradients are clipped apart from the policy's. The paper only
+names PPO; gamma = lambda = 1 and whitening are its reference's, learning rate and clip of the critic verl's defaults.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
+import plumbing
 from oisd import Config, NotNegative, PackedBatch, Positive, Rollout, TappedModel
 
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -40,9 +41,10 @@ Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
 class PpoConfig(Config):
     program: ClassVar[str] = "baselines/ppo.py"
+    table: ClassVar[str] = "tiny_ppo"
     advantage: Literal["gae"] = "gae"  # generalised advantage estimation (arXiv 1506.02438)
     # PPO
-    critic_speed: Positive = 10.0  # the critic's learning rate, in those of the policy
+    critic_speed: Positive = 10.0  # the critic's learning rate, as a multiple of the policy's
     gae_gamma: Share = 1.0  # discount per token
     gae_lambda: Share = 1.0  # 1: the return less the value; 0: one step's surprise
     value_clip: NotNegative = 0.5  # values move at most so far from the old ones to lower their loss; 0: no limit
@@ -137,4 +139,4 @@ def set_advantages(run: oisd.Run, rollouts: Sequence[Rollout]) -> None:
 PPO = oisd.Method(PpoConfig, ActorCritic, set_advantages)
 
 if __name__ == "__main__":
-    oisd.program(functools.partial(oisd.main, method=PPO))
+    plumbing.program(functools.partial(oisd.main, method=PPO))

@@ -129,7 +129,7 @@ def taught_rollouts(count=4):
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
 def test_opsd_is_the_dense_js_to_the_model_that_sees_the_solution(clip):
-    config = of_kind(opsd.OpsdConfig, attention_weight=0.0, think_weight=0.5, js_clip=clip)
+    config = of_kind(opsd.OpsdConfig, attention_weight=0.0, think_weight=0.5, js_clip=clip, max_teacher_tokens=16)
     model, other, rollouts = random_model(), random_model(), taught_rollouts()
     tapped = opsd.SelfTeacher(model, config)
     batch = oisd.pack(rollouts, config)
@@ -183,7 +183,10 @@ BAD = [
     (opsd.OPSD, "tiny_opsd", {"max_teacher_tokens": 2}, "no teacher's prompt has at most 2"),
     (opsd.OPSD, "tiny_opsd", {"attention_weight": 0.1}, "the other has to be 0"),
     (opsd.OPSD, "tiny_opsd", {"solution_template": "{question}"}, "lacks {question} or {solution}"),
-    (opsd.OPSD, "tiny_rloo", {}, "advantage = 'rloo': it must be 'none'"),
+    (opsd.OPSD, "tiny_rloo", {}, "advantage = 'rloo' is for oisd.py: launch that"),
+    (opsd.OPSD, "tiny_opsd", {"policy_layer": 1, "policy_layer_steps": 1}, "policy_layer = 1: OPSD has no such thing"),
+    (opsd.OPSD, "tiny_opsd", {"max_teacher_tokens": 2000}, "max_teacher_tokens + max_response_tokens = 20"),
+    (oisd.Method(), "tiny", {"student_layer": "2,2"}, "several such as '6,12', or 'auto'"),
     (ppo.PPO, "tiny_ppo", {"gae_lambda": 1.5}, "less than or equal to 1"),
     (oisd.Method(), "tiny_ppo", {}, "advantage = 'gae' is for baselines/ppo.py: launch that"),
     (oisd.Method(), "qwen3_4b_opsd", {}, "advantage = 'none' is for baselines/opsd.py: launch that"),
@@ -191,7 +194,7 @@ BAD = [
     (oisd.Method(), "tiny_bupo", {"importance_cap": 2}, "set it to 0"),
     (oisd.Method(), "tiny_bupo", {"policy_layer": 3}, "has 3 layers"),
     (oisd.Method(), "tiny", {"student_layer": "1,3"}, "has 3 layers"),
-    (oisd.Method(), "tiny", {"student_layer": "1;2"}, "student_layer = '1;2'"),
+    (oisd.Method(), "tiny", {"student_layer": "1;2"}, "student_layer = '1;2': it must be a layer"),
 ]
 
 
@@ -261,8 +264,8 @@ def test_the_last_positive_layer_below_the_teacher(tmp_path, capsys):
     assert "student layer 2" in capsys.readouterr().out
     lines = (tmp_path / "layers.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith("1,1.0,1.5,0.5") and (tmp_path / "layers.png").stat().st_size > 5000
-    with pytest.raises(UserError, match="no FFN below layer 4 raises the lens entropy; set a number"):
-        exploration.report(torch.tensor([*before, 0.5, 0.2, 0.9, 2.0]), tmp_path)
+    assert exploration.report(torch.tensor([*before, 0.5, 0.2, 0.9, 2.0]), tmp_path) == 0
+    assert "no FFN below layer 4 raises the lens entropy" in capsys.readouterr().out
 
 
 def test_parallel_layers_have_no_point_between(tmp_path):
@@ -275,9 +278,13 @@ def test_parallel_layers_have_no_point_between(tmp_path):
 
 def test_auto_is_measured_once_and_kept(toy, tmp_path, monkeypatch, capsys):
     asked = []
-    report = report_or_one(exploration.report)
-    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or report(*a))
+    report = exploration.report
+    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or 0 * report(*a))
     run = tmp_path / "run"
+    assert oisd.main(toy_arguments(toy, run, student_layer="auto", num_steps=2)) == 2
+    assert "no FFN below the last layer raises" in capsys.readouterr().err and asked.pop()
+    # The rule's choice, or the first layer where it makes none: what is tested is what becomes of it.
+    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or report(*a) or 1)
     assert oisd.main(toy_arguments(toy, run, student_layer="auto", num_steps=2)) == 0
     chosen = tomllib.loads((run / "config.toml").read_text())["tiny"]["student_layer"]
     assert asked == [1] and chosen in (1, 2) and (run / "layers.csv").exists()
@@ -287,20 +294,7 @@ def test_auto_is_measured_once_and_kept(toy, tmp_path, monkeypatch, capsys):
     assert oisd.main(["--resume", str(run), "--num_steps", "3"]) == 0 and asked == [1]
 
 
-def report_or_one(report):
-    """The rule's choice, or the first layer where it makes none: what is tested is what becomes of it."""
-
-    def chosen(means, folder):
-        try:
-            return report(means, folder)
-        except UserError:
-            return 1
-
-    return chosen
-
-
-def test_layers_measured_alone_are_the_same_in_any_batches(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(exploration, "report", report_or_one(exploration.report))
+def test_layers_measured_alone_are_the_same_in_any_batches(toy, tmp_path):
     measured = []
     for tokens in (128, 4096):
         words = toy_arguments(toy, tmp_path / str(tokens), max_prompt_tokens=32, max_tokens_per_gpu=tokens)
@@ -406,7 +400,7 @@ Accelerator.end_training = lambda self: None  # the group serves all runs
 methods = {"ppo": ppo.PPO, "opsd": opsd.OPSD, "oisd": oisd.Method()}
 for method, words in json.loads(sys.argv[1]):
     assert oisd.main(words, methods[method]) == 0, words
-oisd.program(lambda: 0)
+oisd.plumbing.program(lambda: 0)
 """
 
 
@@ -427,6 +421,9 @@ def test_every_table_is_among_the_rows():
         shared = "prompts_per_step group_size num_steps learning_rate train_data clip_low clip_high".split()
         for name in shared if row != "_opsd" else shared[:4]:
             assert getattr(pair[1], name) == getattr(settings_of("qwen3_4b"), name)
+    assert settings_of("qwen3_4b_opsd").js_clip == 0.05  # OPSD's published code
+    with pytest.raises(UserError, match="advantage = 'none' is for baselines/opsd.py"):
+        oisd.load_config(["--config", "configs.toml:tiny_opsd"])
 
 
 PAPER_ROWS = "_grpo _think _attention _think_half _think_double _rloo _reinforce_pp _ppo _bupo _opsd".split()

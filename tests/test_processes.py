@@ -25,7 +25,7 @@ from accelerate import Accelerator
 Accelerator.end_training = lambda self: None  # the group serves all runs
 for words in json.loads(sys.argv[1]):
     assert oisd.main(words) == 0, words
-oisd.program(lambda: 0)
+oisd.plumbing.program(lambda: 0)
 """
 RUNS = {  # name: toy, settings
     "tied": ("toy", {}),
@@ -162,7 +162,7 @@ assert oisd.train_step(run)["grader_failures"] == 1  # those of all ranks
 oisd.say(f"norm {norm!r}")
 run.grader.close()
 run.accelerator.end_training()
-oisd.program(lambda: 0)
+oisd.plumbing.program(lambda: 0)
 """
 
 
@@ -189,7 +189,7 @@ def fail(run, metrics):
     if oisd.rank() == 1 and run.state["step"] == 2:
         raise MemoryError("no room left on this rank")
 plumbing.log_metrics = fail if sys.argv.pop(1) == "error" else log_metrics
-oisd.program()
+oisd.plumbing.program(oisd.main)
 """
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import laptop
@@ -18,10 +17,11 @@ from grader import Grader
 
 def main(words: list[str]) -> None:
     _, config = oisd.load_config(words)
+    if config.student_layer == "auto":
+        sys.exit("group: error: student_layer = 'auto' is measured by a run: name a layer")
     laptop.make()
     tokenizer, (model, _) = oisd.load_tokenizer(config), oisd.load_model(config)
     end_ids = oisd.end_token_ids(model.generation_config, tokenizer)
-    model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: a penalty would bias
     sampler = oisd.make_hf_sampler(model, end_ids, config, model.device)
     problem = oisd.step_problems(oisd.load_problems(config.train_data, tokenizer, config)[0], 0, config)[0]
     samples = sorted(sampler.stream([problem.prompt_ids] * config.group_size, list(range(config.group_size))))

@@ -1,7 +1,8 @@
 """The layer rule alone: which layer's FFN makes the lens less certain, on the model's own rollouts.
 
-    python tools/layers.py                                                        the laptop's start model
-    python tools/layers.py --config configs.toml:qwen3_4b --output_dir layers     another table's
+    python tools/layers.py                                        the laptop's start model (no layer)
+    python tools/layers.py --config configs.toml:qwen3_4b --prompts_per_step 8 --mini_batch_prompts 8 \
+        --max_response_tokens 1024 --sampler_batch 16 --output_dir layers
 
 Any field of the config may follow; layers.csv and layers.png go to `output_dir`, or here. Rollouts are Transformers'.
 """
@@ -20,7 +21,7 @@ from settings import UserError
 
 
 def measure(config: oisd.Config, folder: Path) -> int:
-    """Sample `prompts_per_step` x `group_size` rollouts, measure, report. -> the layer. Raises: UserError."""
+    """Sample `prompts_per_step` x `group_size` rollouts, measure, report. -> the layer, or 0. Raises: UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model == "tiny_model":
         laptop.make()
@@ -33,15 +34,12 @@ def measure(config: oisd.Config, folder: Path) -> int:
     prompts = [p.prompt_ids for p in oisd.step_problems(problems, 0, config) for _ in range(config.group_size)]
     samples = sampler.stream(prompts, list(range(len(prompts))))
     rollouts = [oisd.Rollout(prompts[sample[0]], *sample[1:]) for sample in samples]
-    sums, tokens = 0.0, 0
-    for indices in oisd.micro_batches(rollouts, config.max_tokens_per_gpu):
-        batch = oisd.pack([rollouts[index] for index in indices], config, device)
-        with torch.no_grad():
-            sums = sums + torch.stack(tapped(exploration.ffn_entropies, tapped, batch)).double().sum(1).cpu()
-        tokens += len(batch.predicted)
     folder.mkdir(parents=True, exist_ok=True)
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     print(f"{config.model}: {len(rollouts)} rollouts, {tokens} response tokens")
-    return exploration.report(sums / tokens, folder)
+    batches = oisd.micro_batches(rollouts, config.max_tokens_per_gpu)
+    packed = (oisd.pack([rollouts[index] for index in part], config, device) for part in batches)
+    return exploration.report(exploration.mean_entropies(tapped, packed), folder)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -129,7 +129,8 @@ def micro_batch(model: TappedModel, batch: oisd.PackedBatch) -> None:
 def plan(config: Config, gpus: int) -> Plan:
     """Raises: UserError if the model's config cannot be read."""
     start = time.monotonic()
-    config = dataclasses.replace(config, attention="sdpa")
+    layer = 1 if config.student_layer == "auto" else config.student_layer  # any costs as much
+    config = dataclasses.replace(config, attention="sdpa", student_layer=layer)
     inputs.read_model_config(config)
     real = oisd.pack(longest_batch(config), config)
     shell = TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
