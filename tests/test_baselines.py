@@ -422,7 +422,7 @@ def test_every_table_is_among_the_rows():
         for name in shared if row != "_opsd" else shared[:4]:
             assert getattr(pair[1], name) == getattr(settings_of("qwen3_4b"), name)
     assert settings_of("qwen3_4b_opsd").js_clip == 0.05  # OPSD's published code
-    with pytest.raises(UserError, match="advantage = 'none' is for baselines/opsd.py"):
+    with pytest.raises(UserError, match=r"is for baselines/opsd\.py"):
         oisd.load_config(["--config", "configs.toml:tiny_opsd"])
 
 
