@@ -173,7 +173,7 @@ class Config:
     cpu_offload: bool = False  # keep weights, gradients and optimizer in the host's memory; on GPUs, slow
     lora_rank: Count = 0  # train adapters of this rank on every linear layer but the head; 0: train all weights
     max_tokens_per_gpu: AtLeastOne = 16384  # budget of one packed micro-batch, prompt and response tokens
-    lens_chunk_tokens: AtLeastOne = 256  # tokens whose logits exist at a time
+    lens_chunk_tokens: AtLeastOne = 1024  # tokens whose logits exist at a time
     grader_seconds: Positive = 10.0  # hard limit per response; then its grader is killed and it scores 0
     grader_workers: AtLeastOne = 2  # grader processes of each rank
     seed: Count = 0  # every random draw is a function of this and the step
@@ -913,14 +913,14 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1).clamp(min=-1000.0)
 
 
-def _log_ratios(student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """log(p/m) and log(q/m) for m = (p + q)/2, from log p and log q.
+def _log_ratios(student_logprobs: Tensor, teacher_logprobs: Tensor, unit: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log(p/m) and log(q/m) for m = (p + q)/2, in nats, from log p and log q in any unit.
 
-    log(p/m) = log 2 - log(1 + q/p): exactly 0 where p = q, and never above log 2. Beyond 40, log(1 + e^x) is x in every
-    format; softplus's own threshold of 20 would cost digits in float64.
+    log(p/m) = log 2 - log(1 + q/p): exactly 0 where p = q, and never above log 2.
     """
     difference = teacher_logprobs - student_logprobs
-    return LN2 - F.softplus(difference, threshold=40), LN2 - F.softplus(-difference, threshold=40)
+    common = LN2 - torch.log1p(torch.exp2(difference.abs() * (-unit / LN2)))
+    return common.sub(difference.clamp(min=0), alpha=unit), common.add(difference.clamp(max=0), alpha=unit)
 
 
 def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, clip: float = 0) -> Tensor:
@@ -1011,26 +1011,29 @@ class LensPass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, policy_hidden, student_hidden, teacher_hidden, head, batch, config):
-        given = [policy_hidden[None], student_hidden, None if teacher_hidden is None else teacher_hidden[None]]
-        layers = 0 if student_hidden is None else len(student_hidden)
+        layers, N, device = 0 if student_hidden is None else len(student_hidden), len(policy_hidden), head.device.type
         policy_learns, students_learn, _, head_learns = ctx.needs_input_grad[:4]
         learn = slice(int(not policy_learns), 1 + layers * students_learn)  # of the policy and the students
-        dtype = _head_dtype(policy_hidden)
-        losses, stats = (0.0, 0.0, 0.0), []
-        with torch.autocast(head.device.type, enabled=False):
+        autocast = torch.is_autocast_enabled(device)  # then as for every linear layer
+        dtype = torch.get_autocast_dtype(device) if autocast else policy_hidden.dtype
+        losses, stats = torch.zeros(3, device=head.device), []
+        with torch.autocast(device, enabled=False):
             weight = head.detach().to(dtype)  # (V, D)
-            hidden = torch.cat([h.detach().to(dtype) for h in given if h is not None])  # (1 + layers [+ 1], N, D)
+            hidden = [h.detach().to(dtype) for h in (policy_hidden, student_hidden, teacher_hidden) if h is not None]
+            hidden = torch.cat([h[None] if h.ndim == 2 else h for h in hidden])  # (1 + layers [+ 1], N, D)
             grad = torch.zeros_like(hidden[learn])
             head_grad = torch.zeros_like(head, dtype=torch.promote_types(dtype, torch.float32)) if head_learns else None
-            size = config.lens_chunk_tokens
-            for rows in [slice(start, start + size) for start in range(0, max(hidden.shape[1], 1), size)]:
+            size = min(config.lens_chunk_tokens, max(N, 1))
+            buffer = hidden.new_empty(len(hidden), size, len(weight))
+            for start in range(0, max(N, 1), size):
+                rows = slice(start, start + size)
                 chunk = hidden[:, rows]
-                logits = chunk.new_empty(*chunk.shape[:2], len(weight))  # (1 + layers [+ 1], n, V)
+                logits = buffer[:, : chunk.shape[1]]  # (1 + layers [+ 1], n, V)
                 for source, out in zip(chunk, logits):  # apart, so that scoring gives the same bits as training
                     torch.mm(source, weight.T, out=out)
                 chunk_stats = lens_rows(logits, batch.target_ids[rows], layers, config)
                 chunk_losses, factors = loss_factors(*chunk_stats[:2], batch, rows, config)
-                losses, stats = [a + b for a, b in zip(losses, chunk_losses)], [*stats, chunk_stats]
+                losses, stats = losses + chunk_losses, [*stats, chunk_stats]
                 factors = factors[learn, :, None].to(dtype)
                 deltas = logits[learn].flatten(0, 1)  # but for the factors
                 grad[:, rows] = (deltas @ weight).view_as(grad[:, rows]).mul_(factors)
@@ -1039,17 +1042,16 @@ class LensPass(torch.autograd.Function):
                     scaled = (chunk[learn] * factors).flatten(0, 1)[: len(writers)]
                     add_product(head_grad, writers, scaled)
         ctx.save_for_backward(grad, head_grad)
-        ctx.policy_learns = int(policy_learns)
         ctx.dtypes = policy_hidden.dtype, None if student_hidden is None else student_hidden.dtype, head.dtype
-        outputs = *losses, *(torch.cat(column, dim=-1) for column in zip(*stats))
+        outputs = *losses.unbind(), *(torch.cat(column, dim=-1) for column in zip(*stats))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, *_):
-        grad, head_grad = ctx.saved_tensors
-        policy, students = grad[: ctx.policy_learns], grad[ctx.policy_learns :]
+        (grad, head_grad), first = ctx.saved_tensors, int(ctx.needs_input_grad[0])
+        policy, students = grad[:first], grad[first:]
         policy = policy[0].to(ctx.dtypes[0]) * scale if len(policy) else None
         students = students.to(ctx.dtypes[1]) * scale if len(students) else None
         head_grad = None if head_grad is None else head_grad.mul_(scale).to(ctx.dtypes[2])
@@ -1065,65 +1067,69 @@ def lens_rows(logits: Tensor, targets: Tensor, layers: int, config: Config) -> t
     a GPU compiled, so that it is never in memory at all.
     """
     settings = layers, config.temperature, config.distill_temperature, config.js_clip
-    if logits.is_cuda:
-        return _compiled_rows()(logits, targets, *settings)
+    if logits.is_cuda and len(targets) > 1:  # shapes of 0 and 1 would be compiled apart
+        return _compiled(_lens_rows)(logits, targets, *settings)
     size = max(1, CACHED_NUMBERS // logits[:, 0].numel()) if logits.numel() else 1
     blocks = zip(logits.split(size, dim=1), targets.split(size))
     return tuple(torch.cat(column, -1) for column in zip(*(_lens_rows(*block, *settings) for block in blocks)))
 
 
-@functools.cache
-def _compiled_rows() -> Callable:
-    return torch.compile(_lens_rows, fullgraph=True, dynamic=True)
+_compiled = functools.cache(functools.partial(torch.compile, fullgraph=True, dynamic=True))
 
 
 def _lens_rows(logits: Tensor, targets: Tensor, layers: int, T: float, tau: float, clip: float) -> tuple:
-    students = slice(1, 1 + layers)
-    policy = _log_softmax(logits[0], T)
-    policy_p = policy.exp()
-    logprobs = policy.gather(1, targets[:, None])
-    entropy = -(policy_p * policy).sum(-1)
+    students, teachers = slice(1, 1 + layers), slice(1 + layers, None)
+    policy_p, policy = _softmax(logits[0], T)
+    logprobs = policy.gather(1, targets[:, None]) * LN2
+    entropy = (policy_p * policy).sum(-1) * -LN2
     js = student_entropy = entropy.new_zeros(layers, len(targets))
     if layers:
-        foreign = len(logits) > 1 + layers
-        teacher = _log_softmax(logits[-1 if foreign else 0], tau) if foreign or tau != T else policy
-        student = _log_softmax(logits[students], tau)
-        p, ratio, teacher_ratio = student.exp(), *_log_ratios(student, teacher)
-        student_entropy = -(p * student).sum(-1)
-        q = teacher.exp()
+        q, teacher = policy_p, policy
+        if len(logits[teachers]) or tau != T:
+            q, teacher = _softmax(logits[-1 if len(logits[teachers]) else 0], tau)
+        p, student = _softmax(logits[students], tau)
+        student_entropy = (p * student).sum(-1) * -LN2
+        ratio, teacher_ratio = _log_ratios(student, teacher, LN2)
         if clip:
             terms = (p * ratio + q * teacher_ratio) / 2
-            ratio = ratio.masked_fill(terms > clip, 0.0)  # what is clipped has no gradient
+            ratio = ratio.masked_fill_(terms > clip, 0.0)  # what is clipped has no gradient
         kl = (p * ratio).sum(-1, keepdim=True)  # KL(p^l || m)
-        js = terms.clamp(max=clip).sum(-1) if clip else (kl[..., 0] + (q * teacher_ratio).sum(-1)) / 2
-        logits[students] = p * (ratio - kl)
+        js = terms.clamp(max=clip).sum(-1) if clip else (kl[..., 0] + teacher_ratio.mul_(q).sum(-1)) / 2
+        logits[students] = ratio.sub_(kl).mul_(p)
     logits[0] = policy_p
     logits[0].scatter_(1, targets[:, None], torch.expm1(logprobs).to(logits.dtype))
     return logprobs[:, 0], js, entropy, student_entropy
 
 
-def loss_factors(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
-    """The losses of some tokens, and what `lens_rows` leaves of the logits must be multiplied by: (1 + layers, n).
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Probabilities and their logarithms to base 2, of finite logits: processors are quicker at 2^x than at e^x."""
+    bits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * (1 / (LN2 * temperature))
+    bits -= bits.amax(-1, keepdim=True)
+    p = bits.exp2()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), bits.sub_(total.log2())
 
-    -> (token loss, policy loss, think loss), factors.
-    """
+
+def loss_factors(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
+    """Some tokens' token, policy and think loss, (3,), and the factors of what `lens_rows` leaves, (1 + layers, n)."""
     with torch.enable_grad():
         logprobs, js = logprobs.detach().requires_grad_(), js.detach().requires_grad_()
         policy_loss, think_loss = token_losses(logprobs, js, batch, rows, config)
         token_loss = policy_loss + config.think_weight * think_loss
         by_logprob, by_js = torch.autograd.grad(token_loss, (logprobs, js), materialize_grads=True)
     factors = torch.cat([-by_logprob[None] / config.temperature, by_js / (2 * config.distill_temperature)])
-    return (token_loss.detach(), policy_loss.detach(), think_loss.detach()), factors
+    return torch.stack([token_loss, policy_loss, think_loss]).detach(), factors
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left^T right, (n, V), (n, D) -> (V, D), summed in float32."""
-    if total.is_cuda and total.dtype != left.dtype:
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    elif total.dtype == left.dtype:
+    if total.dtype == left.dtype:
         total.addmm_(left.T, right)
+    elif total.is_cuda:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
-        total += left.T @ right
+        for part, columns in zip(total.split(8192), left.split(8192, dim=1)):  # while it is in the cache
+            part += columns.T @ right
 
 
 def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
@@ -1132,12 +1138,6 @@ def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, 
     weights = importance_weights(old, sampled, config.importance_cap)
     policy_loss = policy_loss_sum(logprobs, old, advantages, config, weights)
     return policy_loss, think_loss_sum(js.mean(0), advantages, config.advantage_clip)
-
-
-def _head_dtype(hidden: Tensor) -> torch.dtype:
-    """What the head's matrix product computes in: autocast's dtype where it is on, as for every linear layer."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 # ----------------------------------------------------- One step ------------------------------------------------------

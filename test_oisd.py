@@ -330,7 +330,6 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
     batch = tokens_of(targets, advantages.float(), old.float())
     inputs = [x.float().requires_grad_() for x in truth]
     with torch.autocast("cpu", torch.bfloat16):
-        assert oisd._head_dtype(inputs[0]) == torch.bfloat16
         loss, _, _, *stats = oisd.LensPass.apply(*inputs[:2], None, inputs[2], batch, config)
         logprobs, js, *_ = oisd.dense_token_stats(*inputs, targets, config)
     policy, think = oisd.token_losses(logprobs, js, batch, slice(None), config)
@@ -338,7 +337,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
     loss.backward()
     for mine, plain, true in zip([x.grad for x in inputs], dense, expected):
         assert (mine - true).norm() <= 1.1 * (plain - true).norm() < 0.1 * true.norm()
-    assert (stats[0] - old).abs().max() <= 1.1 * (logprobs - old).abs().max()
+    assert 1e-3 < (stats[0] - old).abs().max() <= 1.1 * (logprobs - old).abs().max()  # it does compute in bfloat16
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -53,7 +53,7 @@ def test_planned_parts_are_arithmetic(planned):
         # of the MLP's width; the final norm, student and policy gradients of the 896 response tokens come on top.
         layers = 4 * 1024 * (4 * (5 * 512 + 2 * 4 * 64 + 3 * 1536))
         assert layers < found.parts["activations, rest"] < 2.5 * layers
-        assert found.parts["logits chunk"] == 2 * 4 * 8000 * 256  # float32 logits of policy and student
+        assert found.parts["logits chunk"] == 2 * 4 * 8000 * 1024  # float32 logits of policy and student
     # Three responses of 256 tokens and one of 128, 32 more of each the prompt. A quarter of the work is scoring, one
     # the forward pass, two the backward pass; in training two products with the head forward and four backward.
     dense = 2 * 4 / 3 * (3 * 4 * layer * 1024 + 6 * 8000 * 512 * (3 * 256 + 128))

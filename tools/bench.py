@@ -396,34 +396,58 @@ def start_peak(device):
     return plumbing.peak_bytes(device)
 
 
-def take_turns(options):
-    """All sides, in turn. -> {side: [answer of each repeat]}."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
-    processes, answers = {}, {}
-    for name in SIDES[options.what]:
+class Side:
+    """A side in a process of its own."""
+
+    def __init__(self, name, env=()):
         command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
-        process = subprocess.Popen(
-            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        ready = process.stdout.readline()
-        missing = json.loads(ready).get("missing") if ready else "it failed"
-        if missing:
-            print(f"left out: {name} ({missing})", flush=True)
-        else:
-            processes[name], answers[name] = process, []
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen(command, env={**os.environ, **dict(env)}, text=True, **pipes)
+        self.shown = []
+        threading.Thread(target=lambda: self.shown.append(self.process.stderr.read()), daemon=True).start()
+        self.missing = self.answer().get("missing")
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            time.sleep(0.5)
+            sys.exit("".join(self.shown) + "bench: a side failed")
+        return json.loads(line)
+
+    def work(self):
+        self.process.stdin.write("again\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(options):
+    """All sides, in turn. -> {side: [answer of each repeat]}, with the peak memory of one more process in each."""
+    names = options.only.split(",") if options.only else list(SIDES[options.what])
+    if unknown := [name for name in names if name not in SIDES[options.what]]:
+        sys.exit(f"bench: --only {unknown[0]!r}: the sides are {', '.join(SIDES[options.what])}")
+    sides = {name: Side(name) for name in names}
+    for name, side in sides.items():
+        if side.missing:
+            print(f"left out: {name} ({side.missing})", flush=True)
+    sides = {name: side for name, side in sides.items() if not side.missing}
+    answers = {name: [] for name in sides}
     for turn in range(-1, options.repeats):
-        for name, process in processes.items():
-            process.stdin.write("again\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                sys.exit(f"bench: {name} failed")
+        for name, side in sides.items():
+            answer = side.work()
             if turn >= 0:
-                answers[name].append(json.loads(line))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+                answers[name].append(answer)
+    for name, side in sides.items():
+        side.close()
+        alone = Side(name, {"MALLOC_MMAP_THRESHOLD_": "65536"}.items())  # slow, but what is freed goes back at once
+        alone.work()
+        gib = alone.work()["gib"]
+        alone.close()
+        answers[name] = [answer | {"gib": gib} for answer in answers[name]]
     return answers
 
 
@@ -540,6 +564,7 @@ def main():
     parser.add_argument("what", choices=[*SIDES, "grader", "memory"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help="some sides, separated by commas; the first is what others are held to")
     parser.add_argument("--csv", help="file for every single time")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=1024)
