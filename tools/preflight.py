@@ -314,15 +314,13 @@ def moved_weights(run):
 
 
 def stage_resume(options):
-    """Two steps; then the second again from the checkpoint of the first; then an engine of its own loads the export."""
+    """Two steps; and, once `main` has made a copy that knows the first only, the second again."""
     import oisd
 
     whole, parted = f"{options.folder}/whole", f"{options.folder}/parted"
-    if not Path(whole).exists():
-        yield "two steps and an export", quiet(oisd.main, [*options.words, "--output_dir", whole]) == 0, whole
+    if not Path(parted).exists():
+        yield "two steps and an export", quiet(oisd.main, [*options.words, "--output_dir", whole]) == 0, "as `oisd.py`"
         return
-    shutil.copytree(whole, parted)
-    shutil.rmtree(f"{parted}/checkpoints/step_000002")
     code = quiet(oisd.main, ["--resume", parted])
     rows = [
         [json.loads(line) for line in Path(f, "metrics.jsonl").read_text().splitlines()][-1] for f in (whole, parted)
@@ -414,14 +412,15 @@ def stage_stored(options):
         run.optimizer.zero_grad()
     if plumbing.rank() == 0:
         Path(f"{folder}.json").write_text(json.dumps(found))
+    ranks = plumbing.world()
     run.grader.close()
     run.accelerator.end_training()
     other = Path(f"{options.folder}/stored-1.json")
-    if plumbing.world() > 1 and other.exists():
+    if ranks > 1 and other.exists():
         for name, sums in json.loads(other.read_text()).items():
             off = max(abs(sums[key] - found[name][key]) / max(abs(sums[key]), 1e-3) for key in sums)
             limit = 0.02 if run.config.dtype == "bfloat16" else 1e-4
-            yield f"{plumbing.world()} ranks = 1, {name}", off < limit, f"losses and gradient norm differ by {off:.1e}"
+            yield f"{ranks} ranks = 1, {name}", off < limit, f"losses and gradient norm differ by {off:.1e}"
 
 
 def plumbing_ranks():
@@ -500,8 +499,9 @@ def interrupted(options):
             process.kill()
             code, seconds = 0, math.inf
         log.seek(0)
-        saved = number == signal.SIGKILL or "continue by" in log.read()
-        yield name, code != 0 and saved, f"all ended after {seconds:.0f} s" + (", saved" if saved else ", not saved")
+        told = "continue by" in log.read()
+        text = f"all ended after {seconds:.0f} s" + (", the run said how to continue" if told else "")
+        yield name, code != 0 and (told or number == signal.SIGKILL), text
 
 
 def made_model(folder):
@@ -589,6 +589,9 @@ def main():
             continue
         if stage.startswith("stored") and options.ranks < 2:
             continue
+        if stage == "resume again" and not failures:
+            shutil.copytree(f"{options.folder}/whole", f"{options.folder}/parted")
+            shutil.rmtree(f"{options.folder}/parted/checkpoints/step_000002")
         show(*execute(stage, {"all": options.ranks, "two": 2}.get(on, 1), options))
     if options.ranks > 1 and "signals" in only:
         for row in interrupted(options):
