@@ -242,7 +242,7 @@ def make_sampler(config: Config, tokenizer, device: torch.device):
         generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(config.model))
     end_ids = inputs.end_token_ids(generation_config, tokenizer)
     if config.sampler == "vllm":
-        return oisd.VllmSampler(config, end_ids, device)
+        return oisd.VllmSampler(config, end_ids, device, sleeps=False)
     model, _ = inputs.load_model(config)
     model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k, penalties
     return oisd.make_hf_sampler(model.to(device), end_ids, config, device)
@@ -387,6 +387,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Config, argparse.Namespace]:
             raise UserError(f"--greedy: {options.n} samples would be {options.n} times the same")
         options.n, given["temperature"] = 1, 1e-6
     # A score over only the prompts that fit would mean nothing: all are taken, `evaluate` finds the longest.
+    given = {"vllm_memory": 0.9} | given  # nothing else needs the GPU
     room = {"max_prompt_tokens": 2**50, "max_tokens_per_gpu": 2**60, "student_layer": 1}
     return Config(**given, **room, gradient_checkpointing=False), options
 

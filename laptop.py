@@ -17,6 +17,7 @@ A quarter of the demonstrations show the solution in the prompt, `47+8+5+9=47+8=
 model can make use of a solution that it is given, as `baselines/opsd.py` takes for granted of its teacher.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -47,6 +48,7 @@ from settings import UserError
 
 FOLDER = Path("tiny_model")
 SEED = 0
+SEGMENT = 32  # tokens after which sequences that have ended leave the batch
 SUMMANDS = 4
 TRAIN, TEST = 4096, 512  # problems
 STEPS, CARELESS_STEPS, BATCH, LR = 220, 50, 32, 1e-2  # supervised fine-tuning; the last CARELESS_STEPS see slips
@@ -258,16 +260,18 @@ class SeededSampling(LogitsProcessor):
         self.temperature, self.end_ids = temperature, set(end_ids)
         self.logprobs: list[list[float]] = [[] for _ in seeds]
         self.finished = [False] * len(seeds)
+        self.rows = list(range(len(seeds)))  # the sequence of each row of the running batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)  # (b, V)
         noise = torch.ones(scores.shape)
-        for index, generator in enumerate(self.generators):
+        for row, index in enumerate(self.rows):
             if not self.finished[index]:
-                noise[index].exponential_(generator=generator)
+                noise[row].exponential_(generator=self.generators[index])
         perturbed = logprobs - noise.to(logprobs.device).log()
         tokens = perturbed.argmax(dim=-1, keepdim=True)
-        for index, (token, logprob) in enumerate(zip(tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist())):
+        drawn = zip(self.rows, tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist())
+        for index, token, logprob in drawn:
             if not self.finished[index]:
                 self.logprobs[index].append(logprob)
                 self.finished[index] = token in self.end_ids
@@ -319,31 +323,47 @@ class HfSampler:
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], seeds: list[int]) -> list[tuple[list[int], list[float], str]]:
-        longest = max(map(len, prompts))
-        input_ids = torch.tensor([[self.end_ids[0]] * (longest - len(ids)) + ids for ids in prompts])
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-        sampling = SeededSampling(seeds, self.temperature, self.end_ids)
+        """A batch, `SEGMENT` tokens at a time; after each the sequences that have ended leave it.
 
-        def generate() -> Tensor:
-            return self.model.generate(
-                input_ids=input_ids.to(self.device),
-                attention_mask=mask.to(self.device),
+        Where weights are sharded all ranks make the same calls, so there it is one, to the end.
+        """
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.end_ids[0]] * (longest - len(ids)) + ids for ids in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
+        sampling = SeededSampling(seeds, self.temperature, self.end_ids)
+        responses: list[list[int]] = [[] for _ in prompts]
+        cache, left = None, self.max_response_tokens
+        was_training = self.model.training
+        self.model.eval()
+        while left and sampling.rows:
+            generate = functools.partial(
+                self.model.generate,
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampling]),
                 do_sample=False,
-                max_new_tokens=self.max_response_tokens,
+                max_new_tokens=left if self.ranks > 1 else min(left, SEGMENT),
                 eos_token_id=self.end_ids,
                 pad_token_id=self.end_ids[0],
                 synced_gpus=self.ranks > 1,
+                return_dict_in_generate=True,
             )
-
-        was_training = self.model.training
-        self.model.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            output = generate() if self.root is None else self.root(generate)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                output = generate() if self.root is None else self.root(generate)
+            new, cache = output.sequences[:, ids.shape[1] :], output.past_key_values
+            left -= new.shape[1]
+            for index, tokens in zip(sampling.rows, new.tolist()):
+                responses[index] += tokens
+            going = [row for row, index in enumerate(sampling.rows) if not sampling.finished[index]]
+            ids, mask = output.sequences[going], torch.cat([mask, torch.ones_like(new)], dim=1)[going]
+            if 0 < len(going) < len(sampling.rows):
+                cache.batch_select_indices(torch.tensor(going, device=self.device))
+            sampling.rows = [sampling.rows[row] for row in going]
         self.model.train(was_training)
         return [
             (response[: len(logprobs)], logprobs, "stop" if finished else "length")
-            for response, logprobs, finished in zip(output[:, longest:].tolist(), sampling.logprobs, sampling.finished)
+            for response, logprobs, finished in zip(responses, sampling.logprobs, sampling.finished)
         ]
 
 

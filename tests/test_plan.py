@@ -77,7 +77,7 @@ def test_the_plan_says_what_to_turn(shape, planned, capsys, monkeypatch):
     monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
     assert plan.main([*words, "--gpus", "2x2"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("card: yes") == 4 and all(part in shown for part in found.parts)
+    assert shown.count("card: yes; vLLM holds") == 4 and all(part in shown for part in found.parts)
     config = dataclasses.replace(oisd.load_config(words)[1], gradient_checkpointing=True)
     for changes, message in (
         ({"training": 23e9, "parts": found.parts | {"activations, rest": 20e9}}, "a smaller max_tokens_per_gpu"),

@@ -29,6 +29,26 @@ def test_sampling_depends_on_the_sequences_seed_alone(toy):
     assert len({tuple(ids) for _, ids, _, _ in sampler.stream([prompts[0]] * 32, list(range(32)))}) > 2
 
 
+def test_sequences_that_have_ended_leave_the_batch(toy, monkeypatch):
+    """No draw changes; the log-probs do by rounding, and the model sees fewer rows."""
+    _, config = oisd.load_config(toy_arguments(toy, "unused"))
+    model, _ = oisd.load_model(config)
+    ends = list(range(0, model.config.vocab_size, 7))
+    prompts = [[1 + i % 5] * (2 + i % 4) for i in range(12)]
+    sampler = laptop.HfSampler(model, ends, 1.0, 40, 12, False, torch.device("cpu"))
+    seen, found = [], []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.logits)))
+    for segment in (3, 1000):
+        monkeypatch.setattr(laptop, "SEGMENT", segment)
+        found.append(sorted(sampler.stream(prompts, list(range(12)))))
+        seen.append(None)
+    rows = [sum(part) for part in (seen[: seen.index(None)], seen[seen.index(None) + 1 : -1])]
+    assert rows[0] < 0.8 * rows[1]
+    for (index, ids, logprobs, finish), other in zip(*found):
+        assert (index, ids, finish) == (other[0], other[1], other[3])
+        assert logprobs == pytest.approx(other[2], abs=1e-5)
+
+
 def test_sampling_draws_from_the_softmax():
     """Gumbel-max against the probabilities: 20,000 draws at temperature 0.5, by chi-squared."""
     logits, draws = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0]), 20_000

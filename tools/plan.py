@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,7 @@ class Plan:
     host: int  # in the host's memory, under cpu_offload
     resident: int  # what stays while vLLM works: parameters and optimizer
     vllm_least: int  # vLLM's weights and the cache of one longest sequence
+    vllm_cache: int  # of that, the cache
     flops: float
     tokens: int  # of a step whose responses all have full length
     seconds: float  # that planning took
@@ -163,8 +165,8 @@ def plan(config: Config, gpus: int) -> Plan:
     longest = config.longest
     tokens = config.prompts_per_step * config.group_size * longest
     flops = step_flops(counter.get_total_flops(), real.lengths, config, model) / sum(real.lengths) * tokens
-    resident, vllm_least = parts["parameters"] + optimizer, vllm_bytes(longest, config, model)
-    return Plan(parts, total, host, resident, vllm_least, flops, tokens, time.monotonic() - start)
+    resident, vllm = parts["parameters"] + optimizer, vllm_bytes(longest, config, model)
+    return Plan(parts, total, host, resident, *vllm, flops, tokens, time.monotonic() - start)
 
 
 def attention_shape(model: TappedModel) -> tuple[int, int, int, int]:
@@ -175,12 +177,14 @@ def attention_shape(model: TappedModel) -> tuple[int, int, int, int]:
     return shape.num_hidden_layers, heads, shape.num_key_value_heads, head_size
 
 
-def vllm_bytes(longest: int, config: Config, model: TappedModel) -> int:
-    """Of a GPU, for vLLM's weights and the keys and values of one sequence of `longest` tokens, in bfloat16."""
+def vllm_bytes(longest: int, config: Config, model: TappedModel) -> tuple[int, int]:
+    """Of a GPU, the least that vLLM needs, and of that the keys and values of a sequence of `longest` tokens."""
     layers, _, key_heads, head_size = attention_shape(model)
     cache = 2 * 2 * longest * layers * key_heads * head_size
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
-    return int((weights + cache) / config.tensor_parallel + VLLM_WORKS) if config.sampler == "vllm" else 0
+    if config.sampler != "vllm":
+        return 0, 0
+    return int((weights + cache) / config.tensor_parallel + VLLM_WORKS), cache // config.tensor_parallel
 
 
 def step_flops(counted: int, lengths: list[int], config: Config, model: TappedModel) -> float:
@@ -218,6 +222,13 @@ def verdicts(found: Plan, config: Config) -> dict[int, str]:
         elif share and share < found.vllm_least:
             least = found.vllm_least / (card * GB)
             answers[card] = f"no, vLLM needs {found.vllm_least / GB:.1f} GB: vllm_memory at least {least:.2f}"
+        elif share:
+            most = min(0.9, math.floor(100 * (room - found.resident) / (card * GB)) / 100)
+            at_once = [
+                int((s * card * GB - found.vllm_least) / found.vllm_cache) + 1 for s in (config.vllm_memory, most)
+            ]
+            now = f"vLLM holds {at_once[0]} sequences of full length at once"
+            answers[card] = f"yes; {now}, {at_once[1]} at vllm_memory = {most:.2f}, the most"
         else:
             answers[card] = "yes"
     return answers
