@@ -347,10 +347,10 @@ def sampler_side(ours):
 
 SIDES = {
     "lens": {"ours": lens_ours, "dense": lens_dense, "floor": lens_floor, "liger JSD": lens_liger},
-    "step": {"GRPO, ours": step_grpo, "OISD, ours": step_ours, "GRPO, TRL": step_trl},
-    "attention": {f"{t} tokens, {s} steps": attention_side(t, s) for t, s in ((1024, 64), (4096, 64), (16384, 64),
+    "step": {"our GRPO": step_grpo, "our OISD": step_ours, "TRL's GRPO": step_trl},
+    "attention": {f"{t} tokens {s} steps": attention_side(t, s) for t, s in ((1024, 64), (4096, 64), (16384, 64),
                                                                                 (16384, 256), (16384, 1024))},
-    "packing": {f"{name}, {share} % real": packing_side(name == "packed", share)
+    "packing": {f"{name} {share} % real": packing_side(name == "packed", share)
                 for share in (100, 60, 30) for name in ("packed", "padded")},
     "sampler": {"ours": sampler_side(True), "generate": sampler_side(False)},
 }  # fmt: skip
