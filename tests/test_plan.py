@@ -73,7 +73,7 @@ def test_adapters_need_less(planned):
 
 
 def test_the_plan_says_what_to_turn(shape, planned, capsys, monkeypatch):
-    words, found = plan_words(shape, sampler="vllm"), planned(4)
+    words, found = plan_words(shape, sampler="vllm"), planned(4, sampler="vllm")
     monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
     assert plan.main([*words, "--gpus", "2x2"]) == 0
     shown = capsys.readouterr().out
