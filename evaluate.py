@@ -244,7 +244,6 @@ def make_sampler(config: Config, tokenizer, device: torch.device):
     if config.sampler == "vllm":
         return oisd.VllmSampler(config, end_ids, device, sleeps=False)
     model, _ = inputs.load_model(config)
-    model.generation_config = GenerationConfig(eos_token_id=end_ids)  # not the model's own: top-k, penalties
     return oisd.make_hf_sampler(model.to(device), end_ids, config, device)
 
 

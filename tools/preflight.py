@@ -157,7 +157,6 @@ def stage_lens(options):
     numbers = torch.randn(N, device=device())
     batch = SimpleNamespace(target_ids=torch.randint(V, (N,), device=device()), advantages=numbers)
     batch.old_logprobs = batch.sampler_logprobs = torch.full_like(numbers, -math.log(V))
-    errors = []
     few = 512 if cuda() else N  # of the dense side
     part = SimpleNamespace(**{name: value[:few] for name, value in vars(batch).items()})
     logprobs, js, *_ = oisd.dense_token_stats(truth[0][:few], truth[1][:, :few], truth[2], part.target_ids, config)
@@ -291,23 +290,24 @@ def moved_weights(run):
         except TrainingError as problem:
             return float(str(problem).partition("differ by ")[2].split()[0])
 
+    @torch.no_grad()
+    def move():
+        for parameter in run.model.parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if local.numel():
+                local.add_(0.05 * local.std(correction=0) * torch.randn_like(local))
+
     if run.config.sampler != "vllm":
         yield "moved weights arrive", None, "the hf sampler uses the trainer's own"
         return
-    synced, before = True, 0.0
+    synced = True
     before = gap()
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in run.model.parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            local.add_(0.05 * local.std(correction=0) * torch.randn_like(local)) if local.numel() else None
+    move()
     after, synced = gap(), False
     unsynced = None
     if run.sampler.device.type == "cpu":  # asleep at level 2 an engine has no weights that could be stale
-        with torch.no_grad():
-            for parameter in run.model.parameters():
-                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                local.mul_(1.05)
+        move()
         unsynced = gap()
     text = f"gap {before:.2g} before, {after:.2g} after" + (f", {unsynced:.2g} unsynced" if unsynced else "")
     yield "moved weights arrive", after <= run.config.logprob_gap_limit and unsynced is not before, text
