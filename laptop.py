@@ -1,8 +1,8 @@
 """All that only the laptop default needs: its model and its sums, and a sampler without vLLM.
 
-`python laptop.py` makes `tiny_model/` in about a minute on two cores: an ordinary Hugging Face folder
-(Qwen3ForCausalLM, float32, own tokenizer, chat template) with `train.jsonl` and `test.jsonl` beside the weights.
-Nothing is downloaded, and the rest of the project treats it like any other model and data set.
+`python laptop.py` makes `tiny_model/` in about a minute on two cores, and `--slip` a better or a worse one: an ordinary
+Hugging Face folder (Qwen3ForCausalLM, float32, own tokenizer, chat template) with `train.jsonl` and `test.jsonl` beside
+the weights. Nothing is downloaded, and the rest of the project treats it like any other model and data set.
 
     question   47+8+5+9          response   47+8=55,55+5=60,60+9=69 \\boxed{69}
 
@@ -17,6 +17,7 @@ A quarter of the demonstrations show the solution in the prompt, `47+8+5+9=47+8=
 model can make use of a solution that it is given, as `baselines/opsd.py` takes for granted of its teacher.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -180,14 +181,14 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def fine_tune(model, tokenizer, held_out, rng):
+def fine_tune(model, tokenizer, held_out, rng, slip, careless_steps):
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [Muon(matrices, lr=LR), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     ramps = [lambda step: min((step + 1) / 20, (STEPS - step) / (0.3 * STEPS), 1.0)] * 2
     schedules = [torch.optim.lr_scheduler.LambdaLR(*pair) for pair in zip(optimizers, ramps)]
     for step in (bar := trange(STEPS, desc="making tiny_model")):
-        ids, labels = draw_batch(tokenizer, SLIP if step >= STEPS - CARELESS_STEPS else 0.0, held_out, rng)
+        ids, labels = draw_batch(tokenizer, slip if step >= STEPS - careless_steps else 0.0, held_out, rng)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,11 +212,11 @@ def write_problems(path, questions):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make(folder=FOLDER):
-    """Make the model folder, or leave it alone if this very file has made it. Returns its path."""
+def make(folder=FOLDER, slip=SLIP, careless_steps=CARELESS_STEPS):
+    """Make the model folder, or leave it alone if this very file has made it so. Returns its path."""
     folder = Path(folder)
     making = Path(__file__).read_text(encoding="utf-8").partition("\n# -----")[0]  # this part of the file
-    made_by = hashlib.sha256(making.encode()).hexdigest()
+    made_by = hashlib.sha256(f"{making}{slip} {careless_steps}".encode()).hexdigest()
     if (folder / "made_by").exists() and (folder / "made_by").read_text() == made_by:
         return folder
     if folder.exists() and not (folder / "made_by").exists():
@@ -229,7 +230,7 @@ def make(folder=FOLDER):
         torch.manual_seed(SEED)
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
-        fine_tune(model, tokenizer, set(problems), rng)
+        fine_tune(model, tokenizer, set(problems), rng, slip, careless_steps)
     # Built beside its place and renamed at the end: nobody ever sees half a folder.
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}-"))
@@ -368,8 +369,15 @@ class HfSampler:
 
 
 def main():
+    parser = argparse.ArgumentParser(description="Make the laptop's model and its sums.")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="default: %(default)s")
+    parser.add_argument("--slip", type=float, default=SLIP, help="share of careless steps that go wrong (%(default)s)")
+    parser.add_argument("--careless-steps", type=int, default=CARELESS_STEPS, help=f"of {STEPS} (%(default)s)")
+    options = parser.parse_args()
+    if not (0 <= options.slip <= 1 and 0 <= options.careless_steps <= STEPS):
+        parser.error(f"--slip is a share, 0 to 1, and --careless-steps are of {STEPS}")
     start = time.perf_counter()
-    folder = make()
+    folder = make(options.folder, options.slip, options.careless_steps)
     seconds = time.perf_counter() - start
     model = Qwen3ForCausalLM.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
