@@ -39,6 +39,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
 import inputs
+import laptop
 import oisd
 import plumbing
 from grader import Grader, extract_boxed
@@ -244,7 +245,7 @@ def make_sampler(config: Config, tokenizer, device: torch.device):
     if config.sampler == "vllm":
         return oisd.VllmSampler(config, end_ids, device, sleeps=False)
     model, _ = inputs.load_model(config)
-    return oisd.make_hf_sampler(model.to(device), end_ids, config, device)
+    return laptop.HfSampler(model.to(device), end_ids, config, device)
 
 
 def draw(sampler, tasks: Sequence[tuple], run: str, config: Config, tokenizer, folder: Path) -> None:

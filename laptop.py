@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,9 @@ from transformers import (
 )
 
 from settings import UserError
+
+if TYPE_CHECKING:
+    from oisd import Config
 
 FOLDER = Path("tiny_model")
 SEED = 0
@@ -290,16 +294,15 @@ class HfSampler:
         self,
         model: PreTrainedModel,
         end_ids: list[int],
-        temperature: float,
-        max_response_tokens: int,
-        batch: int,
-        bfloat16: bool,
+        config: "Config",
         device: torch.device,
         root: Callable | None = None,
     ):
-        self.model, self.end_ids, self.temperature = model, end_ids, temperature
-        self.max_response_tokens, self.batch, self.bfloat16 = max_response_tokens, batch, bfloat16
-        self.device, self.root = device, root
+        # The model's own generation config goes: top-k or a penalty would bias every ratio.
+        model.generation_config = GenerationConfig(eos_token_id=end_ids)
+        self.model, self.end_ids, self.device, self.root = model, end_ids, device, root
+        self.temperature, self.max_response_tokens = config.temperature, config.max_response_tokens
+        self.batch, self.bfloat16 = config.sampler_batch, config.dtype == "bfloat16"
         self.ranks = dist.get_world_size() if root is not None and dist.is_initialized() else 1
 
     def sync(self, model: PreTrainedModel) -> None:

@@ -68,7 +68,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -152,6 +151,7 @@ class Config:
     clip_low: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: NotNegative = 0.2  # and above at 1 + clip_high
     dual_clip: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)] = 10.0  # most loss for A < 0, times |A|
+    policy_weight: NotNegative = 1.0  # weight of L_GRPO; 0: the internal losses alone
     policy_layer: Count = 0  # BuPO: at first the policy of this layer is optimised; 0: always the last layer's
     policy_layer_steps: Count = 0  # BuPO: for so many steps
     lens_norm: bool = True  # BuPO: read that layer with the final norm
@@ -162,12 +162,14 @@ class Config:
     distill_temperature: Positive = 1.0  # tau, temperature of both lens distributions
     js_clip: NotNegative = 0.0  # most that one word may add to a JS over the vocabulary; 0: off
     advantage_clip: Positive = 1.0  # c, the internal losses weigh by clip(A, -c, c)
+    advantage_sign: Literal["both", "positive", "negative"] = "both"  # rollouts that the internal losses learn from
     lens_grad: Literal["all", "hidden"] = "all"  # where L_think's gradient goes: all parameters, or not head and norm
     attention_steps: AtLeastOne = 64  # sampled decoding steps per rollout
     attention_window: AtLeastOne = 64  # keys of the local window, the query's own position included
     attention_strided: Count = 64  # at most so many keys before the window, evenly spaced from position 0
     # Compute
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and optimizer are float32
+    spread_weights: bool = False  # start float32 weights anywhere within their bfloat16 cell, not in its middle
     attention: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = "auto"  # varlen on CUDA, else sdpa
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     cpu_offload: bool = False  # keep weights, gradients and optimizer in the host's memory; on GPUs, slow
@@ -182,6 +184,7 @@ class Config:
     resume: str = ""  # folder of a run to continue, from its newest checkpoint and with its own settings
     checkpoint_every: Count = 50  # steps; 0: only at the end and when interrupted
     checkpoints_kept: AtLeastOne = 2  # older ones are deleted
+    gradient_norms_every: Count = 0  # log the norm of each loss's own gradient each so many steps; 0: never
     rollouts_every: Count = 10  # write every rollout of each so many steps; 0: none
     eval_every: Count = 0  # score the held-out problems each so many steps; 0: before and after only
     eval_problems: Count = 0  # held-out problems used; 0: all
@@ -207,6 +210,8 @@ class Config:
             raise UserError(f"{both}: set both or neither")
         if self.policy_layer and self.importance_cap:
             raise UserError("importance_cap compares with the sampler, which policy_layer's policy is not: set it to 0")
+        if self.spread_weights and (self.dtype == "float32" or self.lora_rank):
+            raise UserError("spread_weights is for training all weights in bfloat16: without lora_rank, not in float32")
         if self.attention in ("varlen", "flash_attention_2") and self.dtype == "float32":
             raise UserError(f"attention = {self.attention!r} computes in bfloat16 only, but dtype = 'float32'")
         if self.max_tokens_per_gpu < self.longest_row:
@@ -243,7 +248,7 @@ class Config:
 FREE_ON_RESUME = (
     "output_dir resume num_steps checkpoint_every checkpoints_kept rollouts_every eval_every tracker grader_seconds "
     "grader_workers max_tokens_per_gpu lens_chunk_tokens gradient_checkpointing sampler_batch vllm_memory vllm_eager "
-    "max_logprob_gap tensor_parallel cpu_offload"
+    "max_logprob_gap tensor_parallel cpu_offload gradient_norms_every"
 ).split()
 
 
@@ -823,8 +828,9 @@ class TappedModel(nn.Module):
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Sums over the batch's tokens and decoding steps, of losses and metrics.
 
-        `token_loss` is L_GRPO + think_weight L_think before its division by N, `step_loss` attention_weight L_attn
-        before its division by S. Both carry gradient; everything else is detached. Several student layers are averaged.
+        `token_loss` is policy_weight L_GRPO + think_weight L_think before its division by N, `step_loss`
+        attention_weight L_attn before its division by S. Both carry gradient; everything else is detached. Several
+        student layers are averaged.
         """
         config = self.config
         final_hidden = self.hidden_states(batch)[batch.predicted - 1]  # (N, D)
@@ -847,7 +853,7 @@ class TappedModel(nn.Module):
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.attention_weight > 0):
             js = torch.stack([attention_js(tap, self.taps[-1], batch, config) for tap in self.student_taps])
-            loss = attention_loss_sum(js.mean(0), batch.query_advantages, config.advantage_clip)
+            loss = attention_loss_sum(js.mean(0), internal_weights(batch.query_advantages, config))
         sums = {"step_loss": config.attention_weight * loss, "attention_loss": loss.detach()}
         return sums | self.by_layer_and_sign("attention_js", js.detach(), batch.query_advantages)
 
@@ -891,17 +897,23 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
     return (old_logprobs - sampler_logprobs).exp().clamp(max=cap) if cap else torch.ones_like(old_logprobs)
 
 
-def think_loss_sum(js: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def internal_weights(advantages: Tensor, config: Config) -> Tensor:
+    """clip(A, -c, c), by which both internal losses weigh; for an ablation, only where A has one sign. Same shape."""
+    c, sign = config.advantage_clip, config.advantage_sign
+    return advantages.clamp(0.0 if sign == "positive" else -c, 0.0 if sign == "negative" else c)
+
+
+def think_loss_sum(js: Tensor, weights: Tensor) -> Tensor:
     """L_think of Eq. 7 before its division by N: sum of clip(A, -c, c) JS. (N,), (N,) -> ().
 
     Minimised: a positive advantage lowers the divergence of student and teacher, a negative one raises it.
     """
-    return (advantages.clamp(-clip, clip) * js).sum()
+    return (weights * js).sum()
 
 
-def attention_loss_sum(js: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def attention_loss_sum(js: Tensor, weights: Tensor) -> Tensor:
     """L_attn of Eq. 10 before its division by S; `js` is the mean over heads. (S,), (S,) -> (). Sign as in L_think."""
-    return (advantages.clamp(-clip, clip) * js).sum()
+    return (weights * js).sum()
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -1115,7 +1127,7 @@ def loss_factors(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, 
     with torch.enable_grad():
         logprobs, js = logprobs.detach().requires_grad_(), js.detach().requires_grad_()
         policy_loss, think_loss = token_losses(logprobs, js, batch, rows, config)
-        token_loss = policy_loss + config.think_weight * think_loss
+        token_loss = config.policy_weight * policy_loss + config.think_weight * think_loss
         by_logprob, by_js = torch.autograd.grad(token_loss, (logprobs, js), materialize_grads=True)
     factors = torch.cat([-by_logprob[None] / config.temperature, by_js / (2 * config.distill_temperature)])
     return torch.stack([token_loss, policy_loss, think_loss]).detach(), factors
@@ -1137,7 +1149,7 @@ def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, 
     old, sampled, advantages = batch.old_logprobs[rows], batch.sampler_logprobs[rows], batch.advantages[rows]
     weights = importance_weights(old, sampled, config.importance_cap)
     policy_loss = policy_loss_sum(logprobs, old, advantages, config, weights)
-    return policy_loss, think_loss_sum(js.mean(0), advantages, config.advantage_clip)
+    return policy_loss, think_loss_sum(js.mean(0), internal_weights(advantages, config))
 
 
 # ----------------------------------------------------- One step ------------------------------------------------------
@@ -1206,11 +1218,27 @@ def accumulate_gradients(run: Run, rollouts: Sequence[Rollout], max_tokens: int)
     return dict(zip(totals, vector.tolist()))
 
 
+def gradient_norms(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The norm of each weighted loss's own gradient, of one update, before clipping; a pass for each. Fig. 9."""
+    whole, weights = run.config, ("policy_weight", "think_weight", "attention_weight")
+    parameters, norms = run.optimizer.param_groups[0]["params"], {}
+    for chosen in weights:
+        run.model.config = dataclasses.replace(whole, **{name: 0.0 for name in weights if name != chosen})
+        if getattr(whole, chosen):
+            accumulate_gradients(run, rollouts, whole.max_tokens_per_gpu)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norms[f"grad_norm_{chosen[:-7]}"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+            run.optimizer.zero_grad()
+    run.model.config = whole
+    return norms
+
+
 def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | None]:
     """The step's optimizer updates, one per mini-batch of prompts; -> metrics averaged over the step."""
-    config, totals, norms = run.config, {}, []
+    config, totals, norms, every = run.config, {}, [], run.config.gradient_norms_every
     run.model.train()  # for activation checkpointing; there is no dropout
     size = config.mini_batch_prompts * config.group_size
+    apart = gradient_norms(run, rollouts[:size]) if every and run.state["step"] % every == 0 else {}
     for start in range(0, len(rollouts), size):
         sums = accumulate_gradients(run, rollouts[start : start + size], config.max_tokens_per_gpu)
         groups = [group["params"] for group in run.optimizer.param_groups]  # the policy's; also a critic's
@@ -1222,7 +1250,7 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
         run.optimizer.zero_grad()
         norms.append(found[0].item())
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-    return step_means(totals, rollouts, config) | {"grad_norm": statistics.fmean(norms)}
+    return step_means(totals, rollouts, config) | {"grad_norm": statistics.fmean(norms)} | apart
 
 
 def step_means(totals: dict[str, float], rollouts: Sequence[Rollout], config: Config) -> dict[str, float | None]:
@@ -1237,16 +1265,6 @@ def step_means(totals: dict[str, float], rollouts: Sequence[Rollout], config: Co
     return means
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
-    groups = [rollouts[i : i + config.group_size] for i in range(0, len(rollouts), config.group_size)]
-    return {
-        "reward": statistics.fmean(rollout.reward for rollout in rollouts),
-        "response_length": statistics.fmean(len(rollout.response_ids) for rollout in rollouts),
-        "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
-        "zero_std_fraction": statistics.fmean(len({rollout.reward for rollout in group}) == 1 for group in groups),
-    }
-
-
 def train_step(run: Run) -> dict[str, Any]:
     """One step of the algorithm in the docstring on top; -> its metrics."""
     config, step, clock = run.config, run.state["step"], [time.perf_counter()]
@@ -1254,8 +1272,7 @@ def train_step(run: Run) -> dict[str, Any]:
     # 1, 2: the sampler gets the weights as they are, draws and is put to sleep; graders score
     run.sampler.sync(run.model.model)
     failures = run.grader.timeouts + run.grader.crashes
-    problems = step_problems(run.problems, step, config)
-    rollouts = sample_rollouts(run, problems, config.group_size, "train", step)
+    rollouts = sample_rollouts(run, step_problems(run.problems, step, config), config.group_size, "train", step)
     clock.append(time.perf_counter())
     run.signals.check()  # the weights are still those of the last step
     # 3: advantages
@@ -1271,8 +1288,9 @@ def train_step(run: Run) -> dict[str, Any]:
         plumbing.write_rollouts(run, step + 1, rollouts)
     return {
         "step": step + 1,
-        **rollout_metrics(rollouts, config),
+        **plumbing.rollout_metrics(rollouts, config.group_size),
         **losses,
+        "moved_weights": plumbing.moved_weights(run),
         "sampler_logprob_gap": gap,
         "grader_failures": sum(gather([run.grader.timeouts + run.grader.crashes - failures])),
         "tokens_per_second": sum(rollout.length for rollout in rollouts) / (clock[2] - clock[0]),
@@ -1302,21 +1320,6 @@ def shard(model: TappedModel, mesh: DeviceMesh, config: Config, offload: bool = 
     for layer in model.units:
         fully_shard(layer, reshard_after_forward=reshard, **policy)
     fully_shard(model, **policy)
-
-
-def load_shards(model: TappedModel, source: TappedModel | None, device: torch.device, offload: bool = False) -> None:
-    """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
-    model.to_empty(device="cpu" if offload else device)
-    weights = source.state_dict() if source is not None else {}
-    settings = {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": offload or device.type == "cpu"}
-    sharded_state.set_model_state_dict(model, weights, options=sharded_state.StateDictOptions(**settings))
-    # Rotary frequencies are in no state dict, and may go by two names: Phi3's longrope keeps what it had at first.
-    buffers = [dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}]
-    dist.broadcast_object_list(buffers)
-    for name, buffer in buffers[0].items():
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner)._buffers[last] = buffer.to(device)
-    plumbing.hold_to_source(model, source, device)
 
 
 # ----------------------------------------------------- A run ---------------------------------------------------------
@@ -1349,6 +1352,7 @@ class Run:
     export_dtype: torch.dtype
     generation_config: GenerationConfig
     state: dict[str, Any]  # what a checkpoint keeps beside tensors: step, held-out scores, fingerprints of the data
+    images: Tensor  # of some of the weights before the first step
     signals: Signals = field(default_factory=Signals)
     lock: IO | None = None  # of the folder, on rank 0
 
@@ -1403,7 +1407,8 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     state = {"step": 0, "held_out": {}}
     state |= {"train_data": inputs.fingerprint(problems), "test_data": inputs.fingerprint(held_out)}
     parts = accelerator, tokenizer, model, optimizer, sampler, grader, problems, held_out
-    return Run(method, config, folder, *parts, export_dtype, generation_config, state)
+    images = plumbing.bfloat16_images(model)
+    return Run(method, config, folder, *parts, export_dtype, generation_config, state, images)
 
 
 def make_optimizer(model: TappedModel, config: Config, fused: bool) -> torch.optim.AdamW:
@@ -1441,6 +1446,8 @@ def prepare_model(
     source, facts = None, []
     if rank() == 0:
         loaded, export_dtype = load_model(plain)
+        if config.spread_weights:
+            plumbing.spread_weights(loaded, config.seed)
         source = method.model(loaded, config)
         inputs.check_model(source)
         facts = [(export_dtype, loaded.generation_config, end_token_ids(loaded.generation_config, tokenizer))]
@@ -1455,19 +1462,12 @@ def prepare_model(
         offload = device.type == "cuda" and asked
         reshard = bool(plugin.reshard_after_forward) if plugin else True
         shard(model, init_device_mesh(device.type, (world(),)), config, offload, reshard)
-        load_shards(model, source, device, offload)
+        plumbing.load_shards(model, source, device, offload)
     else:
         model = source.to(device)
     if config.sampler == "hf":
-        sampler = make_hf_sampler(model.model, end_ids, config, device, model)
+        sampler = laptop.HfSampler(model.model, end_ids, config, device, model)
     return model, sampler, export_dtype, generation_config
-
-
-def make_hf_sampler(model, end_ids: list[int], config: Config, device: torch.device, root: TappedModel | None = None):
-    """Transformers' sampler of `model`, whose own generation config goes: top-k or a penalty would bias."""
-    model.generation_config = GenerationConfig(eos_token_id=end_ids)
-    settings = config.temperature, config.max_response_tokens, config.sampler_batch
-    return laptop.HfSampler(model, end_ids, *settings, config.dtype == "bfloat16", device, root)
 
 
 # ----------------------------------------------------- Train ---------------------------------------------------------

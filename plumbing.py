@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -367,6 +368,21 @@ def stop(run: Run, reason: str, save: bool) -> bool:
 # ----------------------------------------------------- Whole weights --------------------------------------------------
 
 
+def load_shards(model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool = False) -> None:
+    """Give a sharded model without storage the weights that rank 0 has in `source`, tensor by tensor."""
+    model.to_empty(device="cpu" if offload else device)
+    weights = source.state_dict() if source is not None else {}
+    settings = {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": offload or device.type == "cpu"}
+    sharded_state.set_model_state_dict(model, weights, options=sharded_state.StateDictOptions(**settings))
+    # Rotary frequencies are in no state dict, and may go by two names: Phi3's longrope keeps what it had at first.
+    buffers = [dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}]
+    dist.broadcast_object_list(buffers)
+    for name, buffer in buffers[0].items():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    hold_to_source(model, source, device)
+
+
 def hold_to_source(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
     """Every parameter and buffer must be what rank 0 has in `source`. Raises: UserError that names the first other."""
 
@@ -427,7 +443,48 @@ def export(run: Run) -> Path:
     return final
 
 
+def spread_weights(model: nn.Module, seed: int) -> None:
+    """Give matrices anywhere within the cells of the bfloat16 grid in whose middle a published checkpoint has them.
+
+    Rounded to bfloat16 nothing changes. But from the middle a weight has to move by half a cell, thousands of updates
+    of 1e-6, before rounding shows it; spread evenly, of all weights at once just the share crosses a border that makes
+    the rounded matrix move as far as the float32 one does on average. (Dithering, once instead of at every rounding.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            bits = parameter.data.view(torch.int32)  # in which neighbours in bfloat16 are 2^16 apart
+            in_middle = (bits & 0xFFFF == 0) & (bits & 0x7FFFFFFF != 0)
+            offset = torch.randint(1 - 2**15, 2**15, bits.shape, generator=generator, dtype=torch.int32)
+            bits += offset.to(bits.device) * in_middle
+
+
+def bfloat16_images(model: nn.Module, most: int = 2**22) -> Tensor:
+    """Some of the trained weights of this rank's shards, evenly spaced, as bfloat16 sees them; always the same ones."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    stride = -(-sum(parameter.numel() for parameter in trained) // most)
+    local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained)
+    return torch.cat([shard.flatten()[::stride].bfloat16() for shard in local])
+
+
+def moved_weights(run: Run) -> float:
+    """Share of the trained weights whose bfloat16 image is not what it was before the first step."""
+    moved = bfloat16_images(run.model) != run.images
+    counts = gather([(int(moved.sum()), len(moved))])
+    return sum(count for count, _ in counts) / sum(size for _, size in counts)
+
+
 # ----------------------------------------------------- Log ------------------------------------------------------------
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], group_size: int) -> dict[str, float]:
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    return {
+        "reward": statistics.fmean(rollout.reward for rollout in rollouts),
+        "response_length": statistics.fmean(len(rollout.response_ids) for rollout in rollouts),
+        "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
+        "zero_std_fraction": statistics.fmean(len({rollout.reward for rollout in group}) == 1 for group in groups),
+    }
 
 
 def log_metrics(run: Run, metrics: dict[str, Any]) -> None:

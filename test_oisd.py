@@ -121,7 +121,8 @@ def test_think_gradient_is_the_closed_form(advantage, temperature):
     student = torch.randn(6, 17, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 17, dtype=torch.float64)
     js = oisd.js_divergence(student, teacher, temperature)
-    (oisd.think_loss_sum(js, torch.full((6,), advantage, dtype=torch.float64), 1.0) / 6).backward()
+    weights = oisd.internal_weights(torch.full((6,), advantage, dtype=torch.float64), CONFIG)
+    (oisd.think_loss_sum(js, weights) / 6).backward()
     p, q = (student.detach() / temperature).softmax(-1), (teacher / temperature).softmax(-1)
     m = (p + q) / 2
     kl = (p * (p / m).log()).sum(-1, keepdim=True)
@@ -149,7 +150,7 @@ def test_attention_gradient_is_the_closed_form(advantage):
     config = with_config(attention_window=3, attention_strided=2)
     js = oisd.attention_js(student, teacher, batch, config, chunk=2)
     advantages = torch.full((S,), advantage, dtype=torch.float64)
-    (oisd.attention_loss_sum(js, advantages, 1.0) / S).backward()
+    (oisd.attention_loss_sum(js, oisd.internal_weights(advantages, CONFIG)) / S).backward()
     query_grad, key_grad = torch.zeros(H, T, d, dtype=torch.float64), torch.zeros(Q, T, d, dtype=torch.float64)
     for step, t in enumerate(queries.tolist()):
         K = keys_by_hand(t, 3, 2)
@@ -256,7 +257,7 @@ def dense_gradients(final, student, head, targets, advantages, old, config):
     student_logits, final_logits = F.linear(inputs[1], student_head), F.linear(inputs[0], inputs[2])
     js = oisd.js_divergence(student_logits, final_logits, config.distill_temperature, config.js_clip)
     loss = oisd.policy_loss_sum(logprobs, old, advantages, config)
-    loss = loss + config.think_weight * oisd.think_loss_sum(js.mean(0), advantages, config.advantage_clip)
+    loss = loss + config.think_weight * oisd.think_loss_sum(js.mean(0), oisd.internal_weights(advantages, config))
     return loss.detach(), torch.autograd.grad(loss, inputs)
 
 
@@ -310,7 +311,7 @@ def test_a_foreign_teacher_and_a_pass_without_student():
     loss.backward()
     leaf = student.clone().requires_grad_()
     expected = oisd.js_divergence(leaf @ head.T, teacher @ head.T)
-    oisd.think_loss_sum(expected, advantages, CONFIG.advantage_clip).backward()
+    oisd.think_loss_sum(expected, oisd.internal_weights(advantages, CONFIG)).backward()
     torch.testing.assert_close(js[0], expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(inputs[1].grad[0], leaf.grad, rtol=1e-9, atol=1e-12)
     assert inputs[2].grad is None

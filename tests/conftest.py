@@ -87,7 +87,7 @@ def toy_sampler(toy):
     model, _ = oisd.load_model(config)
     end_ids = oisd.end_token_ids(model.generation_config, tokenizer)
     problems, _ = oisd.load_problems(config.train_data, tokenizer, config)
-    sampler = oisd.make_hf_sampler(model, end_ids, config, torch.device("cpu"))
+    sampler = laptop.HfSampler(model, end_ids, config, torch.device("cpu"))
     return config, sampler, end_ids, [problem.prompt_ids for problem in problems]
 
 

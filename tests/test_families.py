@@ -139,13 +139,13 @@ def test_a_sharded_model_gets_every_tensor_of_its_source(tmp_path, monkeypatch):
     with group_of_one() as mesh, torch.no_grad():
         model = oisd.TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
         oisd.shard(model, mesh, config)
-        oisd.load_shards(model, source, torch.device("cpu"))
+        plumbing.load_shards(model, source, torch.device("cpu"))
         logits = model.eval()(lambda: model.model(ids, use_cache=False).logits)
         assert torch.equal(logits, source.model.eval()(ids, use_cache=False).logits)
         rope = model.model.model.rotary_emb
         rope.original_inv_freq = rope.original_inv_freq + 1
         with pytest.raises(UserError, match=r"rotary_emb\.original_inv_freq did not reach"):
             plumbing.hold_to_source(model, source, torch.device("cpu"))
-        monkeypatch.setattr(oisd.sharded_state, "set_model_state_dict", lambda *_, **__: None)
+        monkeypatch.setattr(plumbing.sharded_state, "set_model_state_dict", lambda *_, **__: None)
         with pytest.raises(UserError, match=r"embed_tokens\.weight did not reach"):
-            oisd.load_shards(model, source, torch.device("cpu"))
+            plumbing.load_shards(model, source, torch.device("cpu"))

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 import grader
 import laptop
 import oisd
+import plumbing
 from test_oisd import js_by_hand, keys_by_hand
 
 
@@ -86,12 +87,14 @@ def step_by_hand(toy, rows, advantages, config):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     ids = [[tokenizer(row[part]).input_ids for part in ("prompt", "response")] for row in rows]
     old = [look(model, *pair, config)[0].detach() for pair in ids]
-    found, norms, cuts = defaultdict(list), [], torch.zeros(3)
+    found, own, norms, cuts = defaultdict(list), {}, [], torch.zeros(3)
+    start = [parameter.detach().bfloat16() for parameter in model.parameters()]
     for update in torch.arange(len(rows)).split(config.mini_batch_prompts * config.group_size):
-        loss, N = 0.0, sum(len(ids[i][1]) for i in update)
+        apart, N = defaultdict(float), sum(len(ids[i][1]) for i in update)
         S = sum(min(config.attention_steps, len(ids[i][1])) for i in update)
         for i in update.tolist():
             A, C = advantages[i], max(-config.advantage_clip, min(config.advantage_clip, advantages[i]))
+            C = C if config.advantage_sign in ("both", "positive" if C > 0 else "negative") else 0.0
             logprobs, js, entropy, student_entropy, attention_js = look(model, *ids[i], config)
             ratio = (logprobs - old[i]).exp()
             surrogate = torch.minimum(ratio * A, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * A)
@@ -100,8 +103,9 @@ def step_by_hand(toy, rows, advantages, config):
             policy = -torch.where(dual, config.dual_clip * A, surrogate)
             if config.importance_cap:
                 policy = policy * (-SHIFTS[: len(ratio)]).exp().clamp(max=config.importance_cap)
-            loss = loss + (policy + config.think_weight * C * js).sum() / N
-            loss = loss + config.attention_weight * C * attention_js.sum() / S
+            apart["policy"] += config.policy_weight * policy.sum() / N
+            apart["think"] += config.think_weight * C * js.sum() / N
+            apart["attention"] += config.attention_weight * C * attention_js.sum() / S
             cuts += torch.stack([high, low, dual]).sum(1)
             values = {"policy_loss": policy, "think_loss": C * js, "think_js": js, "clip_fraction": high | low | dual}
             values |= {"entropy": entropy, "student_entropy": student_entropy}
@@ -110,18 +114,29 @@ def step_by_hand(toy, rows, advantages, config):
             values |= {f"think_js_{sign}": js, f"attention_js_{sign}": attention_js}
             for name, tensor in values.items():
                 found[name] += tensor.tolist()
-        loss.backward()
+        if config.gradient_norms_every and not norms:
+            for name, loss in apart.items():
+                gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+                own[f"grad_norm_{name}"] = sum((g**2).sum() for g in gradients if g is not None).sqrt().item()
+        sum(apart.values()).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
     means = {name: fmean(values) for name, values in found.items() if "zero" not in name}
-    return means | {"grad_norm": fmean(norms)}, model.state_dict(), cuts
+    moved = [(weight.bfloat16() != before).flatten() for weight, before in zip(model.parameters(), start)]
+    own |= {"grad_norm": fmean(norms), "moved_weights": torch.cat(moved).float().mean().item()}
+    return means | own, model.state_dict(), cuts
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mini_batch_prompts": 12}, {"mini_batch_prompts": 6, "lens_grad": "hidden", "importance_cap": 1.2}],
-    ids=["one update", "two updates"],
+    [
+        {"mini_batch_prompts": 12, "gradient_norms_every": 1},
+        {"mini_batch_prompts": 6, "lens_grad": "hidden", "importance_cap": 1.2, "gradient_norms_every": 2},
+        {"mini_batch_prompts": 12, "advantage_sign": "positive", "policy_weight": 0.6},
+        {"mini_batch_prompts": 12, "advantage_sign": "negative", "gradient_norms_every": 1},
+    ],
+    ids=["one update", "two updates", "positive", "negative"],
 )
 def test_a_step_is_what_it_says(toy, tmp_path, monkeypatch, changes):
     """Rewards, advantages, every metric and the new weights, recomputed from the rollouts with dense autograd."""
@@ -154,6 +169,8 @@ def test_a_step_is_what_it_says(toy, tmp_path, monkeypatch, changes):
         "grader_failures": 0,
     }
     (found,) = read_metrics(tmp_path / "run")
+    moved = found.pop("moved_weights"), expected.pop("moved_weights")
+    assert moved[0] == pytest.approx(moved[1], abs=0.002) and 0.5 < moved[0] < 1, moved  # a rounding apart
     assert found == pytest.approx(expected, rel=1e-4)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").state_dict()
     for name, tensor in final.items():  # AdamW moves by about learning_rate, whatever the gradient's size
@@ -295,9 +312,9 @@ def test_scores_come_from_evaluation_mode(toy, tmp_path, monkeypatch):
 
 MAY_CHANGE = "num_steps checkpoint_every checkpoints_kept rollouts_every eval_every tracker grader_seconds "
 MAY_CHANGE += "grader_workers max_tokens_per_gpu lens_chunk_tokens gradient_checkpointing sampler_batch vllm_memory "
-MAY_CHANGE += "vllm_eager max_logprob_gap tensor_parallel cpu_offload"
+MAY_CHANGE += "vllm_eager max_logprob_gap tensor_parallel cpu_offload gradient_norms_every"
 WORDS = {"sampler": "vllm", "advantage": "rloo", "lens_grad": "hidden", "dtype": "bfloat16", "attention": "eager"}
-WORDS["tracker"] = "tensorboard"
+WORDS |= {"tracker": "tensorboard", "advantage_sign": "positive"}
 
 
 def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsys):
@@ -314,3 +331,27 @@ def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsy
         elif name not in ("resume", "output_dir"):
             assert oisd.main(words) == 2, name
             assert f"--resume: {name} = {value!r}, but the run in" in capsys.readouterr().err
+
+
+def test_spread_weights_look_the_same_and_move_as_much_as_the_masters(toy):
+    """In bfloat16 nothing changes at first; then a step of a tenth of a cell moves a tenth of the weights by one."""
+    model, plain = (AutoModelForCausalLM.from_pretrained(toy) for _ in range(2))
+    for parameter in [*model.parameters(), *plain.parameters()]:
+        parameter.data = parameter.data.bfloat16().float()
+    embedding = model.get_input_embeddings().weight.data
+    embedding[0, :3], plain.get_input_embeddings().weight.data[0, :3] = torch.tensor([[0.0, 1.0, -0.5]] * 2)  # binades
+    embedding[1], plain.get_input_embeddings().weight.data[1] = 0.1, 0.1  # not on the grid
+    plumbing.spread_weights(model, seed=0)
+    assert torch.equal(plumbing.bfloat16_images(model), plumbing.bfloat16_images(plain))
+    assert torch.equal(embedding[1], torch.full_like(embedding[1], 0.1)) and embedding[0, 0] == 0
+    for one, other in zip(model.parameters(), plain.parameters()):
+        assert (one.ndim == 1) == torch.equal(one, other)
+    weight, middle = model.model.layers[0].mlp.up_proj.weight.data, plain.model.layers[0].mlp.up_proj.weight.data
+    bits = middle.abs().view(torch.int32)
+    cell = (bits + 2**16).view(torch.float32) - middle.abs()
+    for sign in (1, -1):
+        step = sign * 0.1 * cell
+        assert torch.equal((middle + step).bfloat16(), middle.bfloat16())
+        image = (weight + step).bfloat16().float() - middle
+        assert (image / cell).sum() == pytest.approx(sign * 0.1 * cell.numel(), rel=0.25)
+        assert set((image / cell).unique().tolist()) <= {0.0, sign * 1.0, sign * 0.5}

@@ -22,7 +22,7 @@ def main(words: list[str]) -> None:
     laptop.make()
     tokenizer, (model, _) = oisd.load_tokenizer(config), oisd.load_model(config)
     end_ids = oisd.end_token_ids(model.generation_config, tokenizer)
-    sampler = oisd.make_hf_sampler(model, end_ids, config, model.device)
+    sampler = laptop.HfSampler(model, end_ids, config, model.device)
     problem = oisd.step_problems(oisd.load_problems(config.train_data, tokenizer, config)[0], 0, config)[0]
     samples = sorted(sampler.stream([problem.prompt_ids] * config.group_size, list(range(config.group_size))))
     responses = [tokenizer.decode(sample[1], skip_special_tokens=True) for sample in samples]

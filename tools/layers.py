@@ -30,7 +30,7 @@ def measure(config: oisd.Config, folder: Path) -> int:
     problems, _ = oisd.load_problems(config.train_data, tokenizer, config)
     tapped = oisd.TappedModel(model.to(device), config).eval()
     inputs.check_model(tapped)
-    sampler = oisd.make_hf_sampler(model, end_ids, config, device)
+    sampler = laptop.HfSampler(model, end_ids, config, device)
     prompts = [p.prompt_ids for p in oisd.step_problems(problems, 0, config) for _ in range(config.group_size)]
     samples = sampler.stream(prompts, list(range(len(prompts))))
     rollouts = [oisd.Rollout(prompts[sample[0]], *sample[1:]) for sample in samples]

@@ -337,6 +337,7 @@ def stage_export(options):
     import torch
 
     import inputs
+    import laptop
     import oisd
 
     _, config = oisd.load_config([*options.words, "--model", f"{options.folder}/whole/final"])
@@ -344,7 +345,7 @@ def stage_export(options):
     ends = inputs.end_token_ids(model.generation_config, tokenizer)
     model = model.to(device()).eval()
     sampler = oisd.VllmSampler(config, ends, device()) if config.sampler == "vllm" else None
-    sampler = sampler or oisd.make_hf_sampler(model, ends, config, device())
+    sampler = sampler or laptop.HfSampler(model, ends, config, device())
     prompt = oisd.load_problems(config.train_data, tokenizer, config)[0][0].prompt_ids
     samples = list(sampler.stream([prompt] * 4, list(range(4))))
     rollouts = [oisd.Rollout(prompt, *sample[1:]) for sample in samples]

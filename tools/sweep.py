@@ -12,12 +12,13 @@ A spec:
     [settings.weak]                    # what all rows share: fields of the config
     model = "runs/start/weak"
 
-    [rows.grpo]                        # fields of the config; and, here or in a setting, five words of the sweep's own:
-    config = "configs.toml:tiny_grpo"  # the table; `program`, `seeds`; of a setting `rows`, which it is for; of a row `settings`
+    [rows.grpo]                        # fields of the config, and
+    config = "configs.toml:tiny_grpo"  # its table; here or in a setting also `program` and `seeds`;
+                                       # of a setting, `rows`: which it is for; of a row, `settings`
 
-A sweep that was cut off goes on: finished runs stay, one that has a checkpoint resumes, another starts anew. Runs lie in
-runs/<spec>/<setting>-<row>-<seed>, their output beside them as .log. The CSV files, beside the spec, have a line per run
-and a line per step; they keep the lines of runs that are no longer on the disk.
+A sweep that was cut off goes on: finished runs stay, one that has a checkpoint resumes, another starts anew. Runs lie
+in runs/<spec>/<setting>-<row>-<seed>, their output beside them as .log. The CSV files, beside the spec, have a line per
+run and a line per step; they keep the lines of runs that are no longer on the disk.
 """
 
 import argparse
@@ -227,17 +228,16 @@ def report(path):
     by_row = {}
     for line in sorted(runs, key=lambda line: line["seed"]):
         by_row.setdefault((line["setting"], line["row"]), []).append(line)
-    print(
-        f"{len(runs)} runs of commits {', '.join(sorted({line['commit'] for line in runs}))}; mean ± standard deviation over"
-    )
+    commits = ", ".join(sorted({line["commit"] for line in runs}))
+    print(f"{len(runs)} runs of commits {commits}; mean ± standard deviation over")
     print(
         "seeds; differences are paired by seed, with 95 % intervals: of accuracy by t, of area by bootstrap over seeds."
     )
     for setting in dict.fromkeys(line["setting"] for line in runs):
         print(f"\n**{setting or 'all'}**\n")
         print(
-            "| row | seeds | before, % | after, % | less baseline, points | area, % | less baseline, % of it | steps to 1/2, 9/10 |"
-            " think JS first, farthest, last | attention JS | s |"
+            "| row | seeds | before, % | after, % | less baseline, points | area, % | less baseline, % of it |"
+            " steps to 1/2, 9/10 | think JS first, farthest, last | attention JS | s |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|---|")
         baseline = by_row.get((setting, spec.get("baseline")), [])
