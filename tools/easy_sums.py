@@ -5,7 +5,7 @@ r"""Two tasks for SmolLM2-135M-Instruct: write train.jsonl and test.jsonl into a
 
     python oisd.py --config configs.toml:smollm2_easy
 
-A question is a list of chat messages with one worked example, which teaches the box; test questions are not in training.
+A question is a list of chat messages with one worked example, which teaches the box; no test question is in training.
 """
 
 import argparse

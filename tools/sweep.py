@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs"
 CURVES = {
     "reward": "reward",
     "think_js": "think JS (nats)",
@@ -44,7 +45,15 @@ CURVES = {
     "entropy": "entropy of the policy (nats)",
     "student_entropy": "entropy of the student's lens (nats)",
 }
-LOGGED = [*CURVES, "grad_norm", "response_length", "zero_std_fraction", "sampler_logprob_gap", "moved_weights"]
+LOGGED = [
+    *CURVES,
+    "think_loss",
+    "attention_loss",
+    "grad_norm",
+    "response_length",
+    "sampler_logprob_gap",
+    "moved_weights",
+]
 OWN = {"config", "program", "seeds", "rows", "settings"}
 
 
@@ -86,12 +95,12 @@ def launch(folder, words):
 
 def run_all(path, jobs, only):
     spec, runs = read_spec(path)
-    runs = [run for run in runs if not only or run[1] in only]
+    runs = [run for run in runs if not only or {run[0], run[1]} & set(only)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
     for command in spec.get("prepare", []):
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
-    folders = [ROOT / "runs" / path.stem / "-".join(filter(None, (s, row, str(seed)))) for s, row, seed, _ in runs]
+    folders = [RUNS / path.stem / "-".join(filter(None, (s, row, str(seed)))) for s, row, seed, _ in runs]
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(launch, folders, (words for *_, words in runs))
@@ -114,9 +123,13 @@ def run_all(path, jobs, only):
 
 
 def first_at(values, level):
-    """The first step, from 1, whose value reaches the level, averaged over it and its two neighbours."""
-    smooth = [statistics.fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
-    return next((step for step, value in enumerate(smooth, start=1) if value >= level), None)
+    """The first step, from 1, whose smoothed value reaches the level."""
+    return next((step for step, value in enumerate(smoothed(values), start=1) if value >= level), None)
+
+
+def smoothed(values):
+    """Averaged over each and its neighbours."""
+    return [statistics.fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
 
 
 def summarise(folder, key, words):
@@ -129,14 +142,21 @@ def summarise(folder, key, words):
     for when, index in (("before", 0), ("after", -1)):
         for name, field in (("", "accuracy"), ("_error", "standard_error")):
             run[when + name] = scores[index][field] if scores else None
-    rewards = [row["reward"] for row in metrics]
+
+    def column(name):
+        return [row[name] for row in metrics if row.get(name) is not None]
+
+    rewards = column("reward")
     start, gain = rewards[0], statistics.fmean(rewards[-5:]) - rewards[0]
     run["area"] = statistics.fmean(rewards)
     run["steps_to_half"], run["steps_to_nine_tenths"] = (first_at(rewards, start + part * gain) for part in (0.5, 0.9))
     for name in list(CURVES)[1:]:
-        values = [row[name] for row in metrics if row.get(name) is not None] or [None]
+        values = column(name) or [None]
         run |= {f"{name}_first": values[0], f"{name}_last": values[-1]}
         run[f"{name}_peak"] = max(values, key=lambda value: abs(value - values[0])) if values != [None] else None
+    # The sign rule: while most answers of a group are wrong, the think loss pushes the layers apart.
+    run["half_right_at"] = first_at(rewards, 0.5)
+    run["think_js_farthest_at"] = 1 + smooth.index(max(smooth)) if (smooth := smoothed(column("think_js"))) else None
     run["moved_weights"] = metrics[-1].get("moved_weights")
     run["seconds"] = sum(row["seconds"] for row in metrics)
     return run, [dict(key, step=row["step"], **{name: row.get(name) for name in LOGGED}) for row in metrics]
@@ -217,67 +237,67 @@ def spread(values, scale=1, digits=1):
     values = [scale * value for value in values if value is not None]
     if not values:
         return "-"
-    return f"{statistics.fmean(values):.{digits}f}" + (
-        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    )
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def differences(lines, baseline):
+    """Of final accuracy, in points, and of the area, in per cent of the baseline's: with their intervals."""
+    if not baseline or lines is baseline:
+        return "", ""
+    gains = [100 * difference for difference in paired(lines, baseline, "after")]
+    scale = 100 / statistics.fmean(line["area"] for line in baseline)
+    areas = [scale * difference for difference in paired(lines, baseline, "area")]
+    if not gains:
+        return "", ""
+    low, high = bootstrap(areas)
+    by_t, by_resampling = t_interval(gains), f"[{low:+.1f}, {high:+.1f}]"
+    return f"{statistics.fmean(gains):+.1f} ± {by_t:.1f}", f"{statistics.fmean(areas):+.1f} {by_resampling}"
+
+
+def print_table(header, rows):
+    print("\n| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
 
 
 def report(path):
     spec = tomllib.loads(path.read_text(encoding="utf-8"))
     runs = read_csv(path, "runs")
+    if not runs:
+        sys.exit(f"{csv_path(path, 'runs')} has no runs yet: leave --report out")
     by_row = {}
     for line in sorted(runs, key=lambda line: line["seed"]):
         by_row.setdefault((line["setting"], line["row"]), []).append(line)
     commits = ", ".join(sorted({line["commit"] for line in runs}))
-    print(f"{len(runs)} runs of commits {commits}; mean ± standard deviation over")
     print(
-        "seeds; differences are paired by seed, with 95 % intervals: of accuracy by t, of area by bootstrap over seeds."
+        f"{len(runs)} runs, commits {commits}. Mean ± standard deviation over seeds. Differences to {spec['baseline']}"
     )
+    print("are paired by seed, with 95 % intervals: of accuracy by Student's t, of the area by bootstrap over seeds.")
     for setting in dict.fromkeys(line["setting"] for line in runs):
-        print(f"\n**{setting or 'all'}**\n")
-        print(
-            "| row | seeds | before, % | after, % | less baseline, points | area, % | less baseline, % of it |"
-            " steps to 1/2, 9/10 | think JS first, farthest, last | attention JS | s |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
-        baseline = by_row.get((setting, spec.get("baseline")), [])
+        baseline, outcomes, mechanisms = by_row.get((setting, spec["baseline"])), [], []
         for row in spec["rows"]:
-            lines = by_row.get((setting, row))
-            if not lines:
-                continue
-            column = {name: [line[name] for line in lines] for name in lines[0]}
-            gains, areas = ([100 * d for d in paired(lines, baseline, name)] for name in ("after", "area"))
-            if row == spec.get("baseline") or not gains:
-                differences = ["", ""]
-            else:
-                low, high = bootstrap([area / statistics.fmean(line["area"] for line in baseline) for area in areas])
-                middle = statistics.fmean(areas) / statistics.fmean(line["area"] for line in baseline)
-                differences = [
-                    f"{statistics.fmean(gains):+.1f} ± {t_interval(gains):.1f}",
-                    f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]",
+            if lines := by_row.get((setting, row)):
+                column = {name: [line[name] for line in lines] for name in lines[0]}
+                steps = [spread(column[name]) for name in ("steps_to_half", "steps_to_nine_tenths")]
+                points = spread(column["before"], 100), spread(column["after"], 100), spread(column["area"], 100)
+                seconds = f"{statistics.fmean(column['seconds']):.0f}"
+                outcomes.append([row, len(lines), *points, *differences(lines, baseline), *steps, seconds])
+                middles = [
+                    " ".join(
+                        spread(column[f"{name}_{when}"], 1, 3).partition(" ")[0] for when in ("first", "peak", "last")
+                    )
+                    for name in list(CURVES)[1:]
                 ]
-            js = [
-                ", ".join(
-                    spread(column[f"{kind}_js_{when}"], 1, 3).partition(" ")[0] for when in ("first", "peak", "last")
-                )
-                for kind in ("think", "attention")
-            ]
-            steps = ", ".join(
-                spread(column[name]).partition(" ")[0] for name in ("steps_to_half", "steps_to_nine_tenths")
-            )
-            cells = [
-                row,
-                len(lines),
-                spread(column["before"], 100),
-                spread(column["after"], 100),
-                differences[0],
-                spread(column["area"], 100),
-                differences[1],
-                steps,
-                *js,
-                f"{statistics.fmean(column['seconds']):.0f}",
-            ]
-            print("| " + " | ".join(map(str, cells)) + " |")
+                turns = [spread(column[name]) for name in ("half_right_at", "think_js_farthest_at")]
+                mechanisms.append([row, *middles, *turns, spread(column["moved_weights"], 100)])
+        print(f"\n### {setting or path.stem}")
+        header = "row, seeds, before %, after %, area %, after: points, area: %, steps to 1/2, to 9/10, seconds"
+        print_table(header.split(", "), outcomes)
+        header = "row, think JS, attention JS, entropy, student entropy, half right at, think JS largest at, moved %"
+        print_table(header.split(", "), mechanisms)
+    print("\nDivergences and entropies: at the first step, farthest from that, at the last; nats.")
     draw(path, spec)
 
 
@@ -329,7 +349,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
-    parser.add_argument("--only", default="", metavar="ROW,...", help="of these rows (default: all)")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="these rows or settings (default: all)")
     parser.add_argument("--report", action="store_true", help="print tables and draw curves; run nothing")
     options = parser.parse_args()
     if not options.spec.is_file() or options.jobs < 1:

@@ -1,0 +1,184 @@
+"""What the study stands on: sweeps and their statistics, the lens pictures, the report."""
+
+import csv
+import html.parser
+import json
+
+import pytest
+import torch
+from conftest import toy_arguments
+from transformers import AutoModelForCausalLM
+
+import oisd
+from tools import lens, report, sweep
+
+
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory):
+    """Two runs of two steps with everything that the pictures need: OISD and GRPO."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = {"num_steps": 2, "checkpoint_every": 1, "rollouts_every": 1, "gradient_norms_every": 1}
+    assert oisd.main(toy_arguments(toy, folder / "oisd", **common)) == 0
+    assert oisd.main(toy_arguments(toy, folder / "grpo", **common, think_weight=0, attention_weight=0)) == 0
+    return folder / "oisd", folder / "grpo"
+
+
+# ----------------------------------------------------- Sweeps --------------------------------------------------------
+
+SPEC = """
+seeds = 2
+baseline = "grpo"
+[settings.short]
+num_steps = 1
+[settings.long]
+rows = ["oisd"]
+num_steps = 2
+seeds = 1
+[rows.grpo]
+{row}
+think_weight = 0.0
+[rows.oisd]
+{row}
+"""
+
+
+def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, monkeypatch, capsys):
+    fields = dict(word[2:].split("=", 1) for word in toy_arguments(toy, "unused")[2:])
+    fields = {name: value for name, value in fields.items() if name not in ("output_dir", "num_steps", "seed")}
+    fields["config"] = f"{sweep.ROOT}/configs.toml:tiny"
+    row = "\n".join(f"{name} = {json.dumps(value)}" for name, value in fields.items())
+    spec = tmp_path / "study.toml"
+    spec.write_text(SPEC.format(row=row))
+    launched, real = [], sweep.subprocess.run
+
+    def run(words, **settings):  # in this process, as starting Python takes longer than the run
+        launched.append(words[-1].rsplit("/", 1)[1])
+        return oisd.main(words[2:]) if words[1] == "oisd.py" else real(words, **settings)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    assert sweep.run_all(spec, 1, ["oisd"]) == 0
+    assert launched == ["short-oisd-0", "long-oisd-0", "short-oisd-1"]
+    assert sweep.run_all(spec, 2, []) == 0 and sorted(launched[3:]) == ["short-grpo-0", "short-grpo-1"]
+    assert sweep.run_all(spec, 1, []) == 0 and len(launched) == 5  # all is there
+    with (tmp_path / "study.runs.csv").open() as file:
+        lines = {(line["setting"], line["row"], line["seed"]): line for line in csv.DictReader(file)}
+    assert len(lines) == 5
+    folder = tmp_path / "runs" / "study" / "long-oisd-0"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found, scores = lines["long", "oisd", "0"], json.loads((folder / "held_out.json").read_text())
+    assert float(found["area"]) == pytest.approx(sum(m["reward"] for m in metrics) / 2, rel=1e-5)
+    assert float(found["after"]) == pytest.approx(scores["2"]["accuracy"], rel=1e-5)
+    assert [float(found[f"think_js_{when}"]) for when in ("first", "last")] == pytest.approx(
+        [metrics[0]["think_js"], metrics[1]["think_js"]], rel=1e-5
+    )
+    with (tmp_path / "study.steps.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    capsys.readouterr()
+    sweep.report(spec)
+    said = capsys.readouterr().out
+    assert "### short" in said and "### long" in said and (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_statistics_of_a_sweep():
+    """Student's t for three differences, and what the bootstrap of a constant must be."""
+    assert sweep.t_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert sweep.t_interval([1.0, 2.0] * 4) == pytest.approx(2.364624 * 0.5345225 / 8**0.5, rel=1e-6)
+    assert sweep.bootstrap([2.0] * 5) == (2.0, 2.0)
+    low, high = sweep.bootstrap([0.0, 1.0] * 50)
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.011) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.011)
+    lines = [{"seed": seed, "after": value, "area": value} for seed, value in ((0, 0.5), (1, 0.75), (2, 0.5))]
+    base = [{"seed": seed, "after": value, "area": value} for seed, value in ((2, 0.25), (0, 0.25), (7, 0.9))]
+    assert sweep.paired(lines, base, "after") == [0.25, 0.25]
+    assert sweep.first_at([0.1, 0.1, 0.4, 0.7, 0.7], 0.4) == 3
+    assert sweep.first_at([0.1, 0.1], 0.4) is None
+
+
+# ----------------------------------------------------- Lens ----------------------------------------------------------
+
+
+def test_layers_are_measured_as_the_losses_measure_them(runs):
+    """Of the student layer what `losses` says; the last layer is itself; an exit behind it is the whole model."""
+    opened = lens.open_place(str(runs[0]), [])
+    rollouts = opened.sample(5)
+    rows = lens.measure_layers(opened, rollouts)
+    with torch.no_grad():
+        sums = opened.model(opened.model.losses, oisd.pack(rollouts, opened.config))
+    student = rows[opened.config.student_layers[0] - 1]
+    N, S = sum(len(r.response_ids) for r in rollouts), sum(oisd.sampled_steps(r, opened.config) for r in rollouts)
+    assert student["think_js"] == pytest.approx(sums["think_js"].item() / N, rel=1e-4)
+    assert student["entropy"] == pytest.approx(sums["student_entropy"].item() / N, rel=1e-4)
+    assert student["attention_js"] == pytest.approx(sums["attention_js"].item() / S, rel=1e-4)
+    last = rows[-1]
+    assert last["think_js"] == last["attention_js"] == 0 and last["agreement"] == 1
+    assert last["entropy"] == pytest.approx(sums["entropy"].item() / N, rel=1e-4)
+    with lens.early_exit(opened.model, 3):
+        assert [r.response_ids for r in opened.sample(5)] == [r.response_ids for r in rollouts]
+    with lens.early_exit(opened.model, 1):
+        shorter = opened.sample(5)
+        logits = opened.model.model(torch.tensor([rollouts[0].prompt_ids])).logits
+    assert [r.response_ids for r in shorter] != [r.response_ids for r in rollouts]
+    ((_, _, hidden),) = lens.look(opened, rollouts[:1])
+    torch.testing.assert_close(opened.model.lens(hidden[0, 0]), logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_opens_as_the_weights_it_holds(runs):
+    first, last = (lens.open_place(str(runs[0] / "checkpoints" / f"step_00000{step}"), []) for step in (1, 2))
+    final = AutoModelForCausalLM.from_pretrained(runs[0] / "final").state_dict()
+    for name, tensor in last.model.model.state_dict().items():
+        assert torch.equal(tensor, final[name]), name
+    assert any(not torch.equal(tensor, final[name]) for name, tensor in first.model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["table", "attention", "layers", "agreement", "scores", "norms", "responses"])
+def test_every_picture_is_drawn(kind, runs, tmp_path, capsys):
+    places = list(map(str, runs if kind != "attention" else runs[:1]))
+    words = [kind, *places, "--output", str(tmp_path / "picture.png"), "--problems", "4"]
+    assert lens.main(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    if kind == "layers":
+        assert len((tmp_path / "picture.csv").read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_what_a_picture_lacks_is_said_in_a_line(runs, toy, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    assert oisd.main(toy_arguments(toy, bare, num_steps=1, rollouts_every=0)) == 0
+    for kind, said in (("norms", "--gradient_norms_every 1"), ("responses", "see rollouts_every")):
+        assert lens.main([kind, str(bare), "--output", str(tmp_path / "none.png")]) == 2
+        assert said in capsys.readouterr().err
+    assert lens.main(["table", str(tmp_path / "nowhere")]) == 2 and "lens: error:" in capsys.readouterr().err
+
+
+# ----------------------------------------------------- Report --------------------------------------------------------
+
+
+class Balanced(html.parser.HTMLParser):
+    open_tags, text = (), ""
+
+    def handle_starttag(self, tag, attributes):
+        assert not {"src", "href"} & dict(attributes).keys() or dict(attributes).get("href", "#")[0] == "#", attributes
+        if tag not in ("meta", "br"):
+            self.open_tags = (*self.open_tags, tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open_tags[-1] == tag, (self.open_tags, tag, self.getpos())
+        self.open_tags = self.open_tags[:-1]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_report_is_one_page_that_needs_nothing(runs, tmp_path):
+    assert report.main([*map(str, runs), "--output", str(tmp_path / "page.html")]) == 0
+    page = Balanced()
+    page.feed((tmp_path / "page.html").read_text())
+    assert not page.open_tags
+    rows = [json.loads(line) for line in (runs[0] / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    for expected in ("think_weight", "Settings that differ", rows[0]["response"], "gold"):
+        assert expected in page.text, expected
+    differing = page.text.partition("Settings that differ")[2].partition("all settings")[0]
+    assert "attention_weight" in differing and "learning_rate" not in differing
+    assert report.main([str(tmp_path)]) == 2

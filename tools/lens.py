@@ -1,0 +1,423 @@
+r"""The paper's pictures, of any run or checkpoint.
+
+    python tools/lens.py table PLACE [PLACE]        what each layer would say next, word by word (Fig. 2, 7)
+    python tools/lens.py attention PLACE            where student and final layer look in the prompt (Fig. 6a)
+    python tools/lens.py layers PLACE [PLACE ...]   each layer: distance to the last, certainty, score if it answered
+    python tools/lens.py agreement RUN [RUN ...]    agreement of both layers' attention, by checkpoint (Fig. 6b)
+    python tools/lens.py scores RUN [RUN ...]       held-out score by step (Fig. 8; set `eval_every`)
+    python tools/lens.py norms RUN [RUN ...]        gradient norm of each loss (Fig. 9; set `gradient_norms_every`)
+    python tools/lens.py responses RUN RUN          answers to the same problem side by side (Fig. 10)
+
+A place is a run's folder (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or folder.
+Problems and settings are the run's, of a model those of `--config`, the laptop's by default; any field of the config
+may follow. Held-out problems are used where there are some. Computed in float32; rollouts are Transformers'.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as sharded_state
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import laptop
+import oisd
+import plumbing
+from grader import Grader
+from settings import UserError, derive_seed
+
+DPI = 110
+
+
+# ----------------------------------------------------- Models and their rollouts -------------------------------------
+
+
+@dataclass
+class Opened:
+    name: str
+    config: oisd.Config
+    tokenizer: object
+    model: oisd.TappedModel
+    end_ids: list[int]
+    problems: list
+
+    def sample(self, count: int, copies: int = 1) -> list[oisd.Rollout]:
+        """`copies` responses to each of the first `count` problems, in order; the same draws for every model."""
+        prompts = [p.prompt_ids for p in self.problems[:count] for _ in range(copies)]
+        seeds = [derive_seed(self.config.seed, "lens", index) for index in range(len(prompts))]
+        sampler = laptop.HfSampler(self.model.model, self.end_ids, self.config, self.model.head.device)
+        return [oisd.Rollout(prompts[s[0]], *s[1:]) for s in sorted(sampler.stream(prompts, seeds))]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def token(self, index: int) -> str:
+        return self.text([index]).replace("\n", "↵").replace(" ", "·") or "∅"
+
+
+def run_of(place: Path) -> Path | None:
+    return next((folder for folder in (place, *place.parents) if (folder / "config.toml").is_file()), None)
+
+
+def open_place(place: str, words: list[str]) -> Opened:
+    """Load a model, its tokenizer and its problems. Raises: UserError."""
+    path, checkpoint = Path(place), None
+    run = run_of(path)
+    chosen = words if run is None or "--config" in words else ["--config", f"{run}/config.toml:", *words]
+    _, config = oisd.load_config(chosen)
+    weights = path
+    if run == path:
+        found = plumbing.checkpoints(run)
+        weights = run / "final" if (run / "final").exists() or not found else found[-1]
+    if weights.name.startswith("step_"):
+        checkpoint = weights
+    else:
+        config = dataclasses.replace(config, model=str(weights), lora_rank=0)
+    config = dataclasses.replace(config, dtype="float32", attention="sdpa", spread_weights=False)
+    if not config.student_layers:
+        raise UserError("student_layer = 'auto' is measured by a run: name a layer")
+    if config.model == "tiny_model":
+        laptop.make()
+    tokenizer, (loaded, _) = oisd.load_tokenizer(config), oisd.load_model(config)
+    end_ids = oisd.end_token_ids(loaded.generation_config, tokenizer)
+    problems, _ = oisd.load_problems(config.test_data or config.train_data, tokenizer, config)
+    model = oisd.TappedModel(loaded, config)
+    if checkpoint:
+        options = sharded_state.StateDictOptions(ignore_frozen_params=True)
+        state = {"model": sharded_state.get_model_state_dict(model, options=options)}
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        options = dataclasses.replace(options, strict=not config.lora_rank)
+        sharded_state.set_model_state_dict(model, state["model"], options=options)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Opened(str(place), config, tokenizer, model, end_ids, problems)
+
+
+@torch.no_grad()
+def look(opened: Opened, rollouts: list[oisd.Rollout]):
+    """For each micro-batch, its indices, the batch, and hidden states (layers, N, D) of what predicts the responses.
+
+    The taps of all layers are filled.
+    """
+    model, config = opened.model, opened.config
+    for part in oisd.micro_batches(rollouts, config.max_tokens_per_gpu):
+        batch = oisd.pack([rollouts[i] for i in part], config, model.head.device)
+        with model.recording(*model.taps, packed=True):
+            model.decode(model.model.get_decoder(), batch)
+        yield part, batch, torch.stack([tap.hidden[0, batch.predicted - 1] for tap in model.taps])
+        model.clear_taps()
+
+
+@torch.no_grad()
+def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[str, float]]:
+    """Of every layer, means over response tokens (attention: over sampled decoding steps), in nats.
+
+    `think_js` and `attention_js` to the last layer, `entropy` of the lens, `agreement`: share of tokens that the lens
+    ranks first where the last layer does too.
+    """
+    model, config = opened.model, opened.config
+    layers = len(model.taps)
+    totals, tokens, steps = torch.zeros(4, layers, dtype=torch.float64), 0, 0
+    for _, batch, hidden in look(opened, rollouts):
+        for rows in hidden.split(config.lens_chunk_tokens, dim=1):
+            final = model.lens(rows[-1]) / config.distill_temperature
+            for layer in range(layers):
+                logits = model.lens(rows[layer]) / config.distill_temperature
+                logprobs = logits.log_softmax(-1)
+                totals[0, layer] += oisd.js_divergence(logits, final).double().sum().cpu()
+                totals[1, layer] -= (logprobs.exp() * logprobs).double().sum().cpu()
+                totals[2, layer] += (logits.argmax(-1) == final.argmax(-1)).sum().cpu()
+        for layer, tap in enumerate(model.taps):
+            totals[3, layer] += oisd.attention_js(tap, model.taps[-1], batch, config).double().sum().cpu()
+        tokens, steps = tokens + len(batch.predicted), steps + len(batch.queries)
+    means = totals / torch.tensor([[tokens], [tokens], [tokens], [steps]])
+    names = ("think_js", "entropy", "agreement", "attention_js")
+    return [{"layer": layer + 1, **dict(zip(names, means[:, layer].tolist()))} for layer in range(layers)]
+
+
+@contextlib.contextmanager
+def early_exit(model: oisd.TappedModel, layer: int):
+    """Within: the model ends behind this layer, so that its lens answers."""
+    decoder = model.model.get_decoder()
+    name = next(name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList))
+    whole = getattr(decoder, name)
+    setattr(decoder, name, whole[:layer])
+    decoder.config.num_hidden_layers = layer
+    try:
+        yield
+    finally:
+        setattr(decoder, name, whole)
+        decoder.config.num_hidden_layers = len(whole)
+
+
+def exit_score(opened: Opened, grader: Grader, layer: int, count: int) -> tuple[float, float]:
+    """Share of right answers if this layer's lens answered, and its standard error over problems."""
+    with early_exit(opened.model, layer):
+        rollouts = opened.sample(count)
+    texts = [opened.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+    rewards = grader.grade(texts, [problem.answer for problem in opened.problems[:count]])
+    return statistics.fmean(rewards), statistics.stdev(rewards) / math.sqrt(len(rewards))
+
+
+# ----------------------------------------------------- Pictures -----------------------------------------------------
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    print(path)
+
+
+@torch.no_grad()
+def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[str, float]]]:
+    """By layer, by response token: what the lens ranks first, and its probability."""
+    ((_, _, hidden),) = look(opened, [rollout])
+    cells = []
+    for states in hidden:
+        best = (opened.model.lens(states) / opened.config.temperature).softmax(-1).max(-1)
+        cells.append([(opened.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist())])
+    return cells
+
+
+def table(places: list[Opened], options) -> None:
+    """Rows: layers, the last on top. Colour: probability. Framed: what the last layer ranks first too."""
+    first = places[0]
+    problem = first.problems[options.problem]
+    rollout = dataclasses.replace(first.sample(options.problem + 1)[options.problem])
+    rollout.response_ids = rollout.response_ids[: options.tokens]
+    rollout.sampler_logprobs = rollout.sampler_logprobs[: options.tokens]
+    said = [first.token(index) for index in rollout.response_ids]
+    layers = shown_layers(len(first.model.taps), first.config.student_layers, options.layers)
+    width, height = max(5.0, 0.55 * len(said) + 1.2), 0.24 * len(layers) + 1.0
+    across = 1 if len(said) > 9 else len(places)  # else one below the other
+    down = -(-len(places) // across)
+    size = (width * across, height * down + 0.3)
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for opened, axis in zip(places, axes.flat):
+        cells = lens_cells(opened, rollout)
+        shades = [[p for _, p in cells[layer - 1]] for layer in layers]
+        image = axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", origin="lower")
+        image.set_extent((-0.5, len(said) - 0.5, -0.5, len(layers) - 0.5))
+        for y, layer in enumerate(layers):
+            for x, (word, _) in enumerate(cells[layer - 1]):
+                short = word if len(word) < 9 else word[:7] + "…"
+                axis.text(x, y, short, ha="center", va="center", fontsize=7, parse_math=False)
+                if word == cells[-1][x][0]:
+                    axis.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, edgecolor="tab:orange"))
+        marks = {layer: " student" for layer in opened.config.student_layers} | {layers[-1]: " final"}
+        axis.set_yticks(range(len(layers)), [f"{layer}{marks.get(layer, '')}" for layer in layers], fontsize=8)
+        axis.set_xticks(range(len(said)), said, fontsize=8, parse_math=False)
+        axis.set_xlabel("the response, as it was sampled", fontsize=8)
+        axis.set_title(opened.name, fontsize=9, parse_math=False)
+    question = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
+    lines = " / ".join(line.strip() for line in question if line.strip())[-100:]
+    figure.suptitle(f"… {lines}   gold: {problem.answer}", fontsize=9, parse_math=False)
+    save(figure, options.output)
+
+
+def shown_layers(count: int, students: list[int], most: int) -> list[int]:
+    """At most about `most` of the layers, evenly spaced, the last and the student's among them."""
+    stride = -(-count // most)
+    return sorted({*range(count, 0, -stride), *students})
+
+
+@torch.no_grad()
+def attention(places: list[Opened], options) -> None:
+    """What the response's tokens look at among the words of the prompt, mean over heads and tokens."""
+    opened = places[0]
+    model = opened.model
+    rollout = opened.sample(options.problem + 1)[options.problem]
+    words, owners = split_words([opened.token(index) for index in rollout.prompt_ids])
+    rows = {}
+    for _, batch, _ in look(opened, [rollout]):
+        for layer in (*opened.config.student_layers, len(model.taps)):
+            seen = model.attention_seen(model.taps[layer - 1])[batch.predicted - 1].mean((0, 1))  # (T,)
+            by_word = torch.zeros(len(words)).index_add_(0, torch.tensor(owners), seen[: len(owners)].float().cpu())
+            rows[f"layer {layer}"] = by_word.tolist()
+    figure, axis = plt.subplots(figsize=(max(6, 0.33 * len(words) + 1.5), 2.4), layout="constrained")
+    most = max(max(values[1:]) for values in rows.values())
+    axis.imshow(list(rows.values()), cmap="Oranges", vmin=0, vmax=most, aspect="auto")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8, parse_math=False)
+    sinks = ", ".join(f"{100 * values[0]:.0f} %" for values in rows.values())
+    axis.set_title(f"{opened.name}: attention of the response to the prompt (to its first word: {sinks})", fontsize=9)
+    save(figure, options.output)
+
+
+def split_words(tokens: list[str]) -> tuple[list[str], list[int]]:
+    """Tokens joined to words at spaces and line ends. -> words, and the word of each token."""
+    words, owners = [], []
+    for token in tokens:
+        if not words or token[0] in "·↵<" or words[-1][-1] in "↵>":
+            words.append("")
+        words[-1] += token
+        owners.append(len(words) - 1)
+    return words, owners
+
+
+def layers(places: list[Opened], options) -> None:
+    """`measure_layers` of each place on rollouts of its own, and the score of an early exit: a CSV file, a picture."""
+    rows = []
+    with Grader(workers=2) as grader:
+        for opened in places:
+            found = measure_layers(opened, opened.sample(options.problems))
+            for row in found:
+                score, error = exit_score(opened, grader, row["layer"], options.problems)
+                rows.append({"place": opened.name, **row, "exit_score": score, "exit_error": error})
+            print(f"{opened.name}: {len(found)} layers", flush=True)
+    path = options.output.with_suffix(".csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    titles = {
+        "think_js": "JS to the last layer (nats)",
+        "attention_js": "attention JS to the last layer (nats)",
+        "entropy": "entropy of the lens (nats)",
+        "agreement": "share of tokens ranked first as by the last layer",
+        "exit_score": "share right if the layer answered",
+    }
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, titles.items()):
+        for opened in places:
+            mine = [row for row in rows if row["place"] == opened.name]
+            axis.plot([row["layer"] for row in mine], [row[name] for row in mine], marker=".", label=opened.name)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    save(figure, options.output)
+
+
+def agreement(runs: list[str], options, words: list[str]) -> None:
+    """1 - JS / log 2 of both layers' attention, on the same responses: those of each run's first stored checkpoint."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for run in runs:
+        stored = plumbing.checkpoints(Path(run))
+        if not stored:
+            raise UserError(f"{run} has no checkpoint; see checkpoint_every and checkpoints_kept")
+        rollouts, points = None, []
+        for place in stored:
+            opened = open_place(str(place), words)
+            rollouts = rollouts or opened.sample(options.problems)
+            student = measure_layers(opened, rollouts)[opened.config.student_layers[0] - 1]
+            points.append((int(place.name[5:]), 1 - student["attention_js"] / math.log(2)))
+            print(f"{place}: {points[-1][1]:.4f}", flush=True)
+        axis.plot(*zip(*points), marker="o", label=run)
+    axis.set(
+        title="agreement of the student's attention with the final layer's", xlabel="step", ylabel="1 - JS / log 2"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, options.output)
+
+
+def scores(runs: list[str], options) -> None:
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for run in runs:
+        found = json.loads((Path(run) / "held_out.json").read_text(encoding="utf-8"))
+        values, errors = zip(*((100 * s["accuracy"], 100 * s["standard_error"]) for s in found.values()))
+        axis.errorbar([int(step) for step in found], values, errors, marker="o", capsize=3, label=run)
+    axis.set(title="held-out problems right, standard error over problems", xlabel="step", ylabel="%")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, options.output)
+
+
+def read_metrics(run: str) -> list[dict]:
+    return [plumbing.read_line(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def norms(runs: list[str], options) -> None:
+    names = ("grad_norm_policy", "grad_norm_think", "grad_norm_attention")
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.6), layout="constrained", squeeze=False)
+    for run, axis in zip(runs, axes[0]):
+        rows = read_metrics(run)
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name)]
+            axis.plot(*zip(*points), marker=".", label=name[10:]) if points else None
+        if not axis.lines:
+            raise UserError(f"{run} has no gradient norms of single losses: train with --gradient_norms_every 1")
+        axis.set(title=f"{run}: gradient norm of each weighted loss", xlabel="step", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save(figure, options.output)
+
+
+def responses(runs: list[str], options) -> None:
+    """Of the newest step that all runs have written, the first `--answers` responses to one problem."""
+    stored = [{path.name: path for path in Path(run).glob("rollouts/step_*.jsonl")} for run in runs]
+    common = sorted(set.intersection(*(set(files) for files in stored)))
+    if not common:
+        raise UserError("the runs have no step in common whose rollouts were written; see rollouts_every")
+    found = []
+    for files in stored:
+        lines = [json.loads(line) for line in files[common[-1]].read_text(encoding="utf-8").splitlines()]
+        found.append(
+            [line for line in lines if line["row"] == sorted({line["row"] for line in lines})[options.problem]]
+        )
+    if len({group[0]["prompt"] for group in found}) > 1:
+        raise UserError("the runs were asked other problems at that step: their seeds or data differ")
+    columns = []
+    for run, group in zip(runs, found):
+        parts = [f"{run}, step {int(common[-1][5:11])}: {sum(r['reward'] for r in group):.0f} of {len(group)} right"]
+        for row in group[: options.answers]:
+            parts += ["", f"[{row['reward']:.0f}]  {row['response']}"]
+        columns.append([piece for part in parts for piece in textwrap.wrap(part, 70) or [""]])
+    prompt = textwrap.wrap(found[0][0]["prompt"], 140)[-4:]
+    height = 0.19 * (max(map(len, columns)) + len(prompt) + 3)
+    figure = plt.figure(figsize=(6.3 * len(runs), height))
+    figure.text(
+        0.01, 0.98, "\n".join(prompt), va="top", fontsize=8, family="monospace", weight="bold", parse_math=False
+    )
+    for place, lines in enumerate(columns):
+        position = 0.01 + place / len(runs), 0.98 - 0.19 * (len(prompt) + 1) / height
+        figure.text(*position, "\n".join(lines), va="top", fontsize=8, family="monospace", parse_math=False)
+    save(figure, options.output)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = {"table": table, "attention": attention, "layers": layers}  # of models
+    logs = {"scores": scores, "norms": norms, "responses": responses}  # of what runs have written
+    parser.add_argument("kind", choices=[*kinds, "agreement", *logs])
+    parser.add_argument("places", nargs="+", metavar="PLACE")
+    parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png)")
+    parser.add_argument("--problem", type=int, default=0, help="which problem, from 0 (table, attention, responses)")
+    parser.add_argument("--problems", type=int, default=128, help="how many (layers, agreement; default: 128)")
+    parser.add_argument("--tokens", type=int, default=16, help="of the response (table; default: 16)")
+    parser.add_argument("--layers", type=int, default=16, help="rows, about (table; default: 16)")
+    parser.add_argument("--answers", type=int, default=3, help="of each run (responses; default: 3)")
+    options, rest = parser.parse_known_args(words)
+    options.output = options.output or Path(f"lens-{options.kind}.png")
+    try:
+        if options.kind in kinds:
+            kinds[options.kind]([open_place(place, rest) for place in options.places], options)
+        elif options.kind == "agreement":
+            agreement(options.places, options, rest)
+        else:
+            logs[options.kind](options.places, options)
+    except (UserError, FileNotFoundError, IndexError) as problem:
+        print(f"lens: error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
