@@ -34,7 +34,7 @@ COLOURS = ("#1f6fb4", "#d9601a", "#2b8a3e", "#8b3fb0", "#a8322d", "#5f6a72")
 STYLE = """
 :root { font: 16px/1.45 system-ui, sans-serif; color: #1c2126; background: #fff }
 body { max-width: 75rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dbe0 }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dbe0 }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 .wide { overflow-x: auto } .muted { color: #66717a; font-size: .85rem }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .25rem .6rem; text-align: left }
@@ -44,8 +44,9 @@ tr + tr { border-top: 1px solid #e4e8eb } td.n { font-variant-numeric: tabular-n
 .rollout { border-left: 4px solid #c9d0d5; margin: .5rem 0; padding: .1rem .6rem }
 .right { border-color: #2b8a3e } .wrong { border-color: #c0392b }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font-size: .82rem }
-.lens td, .lens th { padding: .1rem .35rem; text-align: center; border: 2px solid #fff }
+.lens td, .lens th { padding: .1rem .35rem; text-align: center; border: 2px solid transparent }
 .lens td, .lens th { font: .75rem ui-monospace, monospace; white-space: nowrap }
+.lens { border-collapse: separate; border-spacing: 1px } .lens tr + tr { border: 0 }
 .lens td.same { border-color: #d9601a } .key { display: inline-block; width: .9em; height: .9em; border-radius: 2px }
 """
 
@@ -128,6 +129,8 @@ def settings(runs: list[Report]) -> str:
 def curves(runs: list[Report]) -> str:
     pictures = []
     for name, title in CURVES.items():
+        if all(row.get(name) is None for run in runs for row in run.metrics):
+            continue
         figure, axis = plt.subplots(figsize=(4.6, 2.7), layout="constrained")
         for run in runs:
             points = [(row["step"], row[name]) for row in run.metrics if row.get(name) is not None]
