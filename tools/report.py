@@ -34,7 +34,8 @@ COLOURS = ("#1f6fb4", "#d9601a", "#2b8a3e", "#8b3fb0", "#a8322d", "#5f6a72")
 STYLE = """
 :root { font: 16px/1.45 system-ui, sans-serif; color: #1c2126; background: #fff }
 body { max-width: 75rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dbe0 }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dbe0 }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 .wide { overflow-x: auto } .muted { color: #66717a; font-size: .85rem }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .25rem .6rem; text-align: left }
