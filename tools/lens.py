@@ -225,7 +225,7 @@ def table(places: list[Opened], options) -> None:
         axis.set_xlabel("the response, as it was sampled", fontsize=8)
         axis.set_title(opened.name, fontsize=9, parse_math=False)
     question = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
-    lines = " / ".join(line.strip() for line in question if line.strip())[-100:]
+    lines = " / ".join(line.strip() for line in question if line.strip())[-60:]
     figure.suptitle(f"… {lines}   gold: {problem.answer}", fontsize=9, parse_math=False)
     save(figure, options.output)
 
@@ -250,8 +250,8 @@ def attention(places: list[Opened], options) -> None:
             by_word = torch.zeros(len(words)).index_add_(0, torch.tensor(owners), seen[: len(owners)].float().cpu())
             rows[f"layer {layer}"] = by_word.tolist()
     figure, axis = plt.subplots(figsize=(max(6, 0.33 * len(words) + 1.5), 2.4), layout="constrained")
-    most = max(max(values[1:]) for values in rows.values())
-    axis.imshow(list(rows.values()), cmap="Oranges", vmin=0, vmax=most, aspect="auto")
+    scale = matplotlib.colors.PowerNorm(0.5, 0, max(max(values[1:]) for values in rows.values()))  # lets the faint show
+    axis.imshow(list(rows.values()), cmap="Oranges", norm=scale, aspect="auto")
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8, parse_math=False)
     sinks = ", ".join(f"{100 * values[0]:.0f} %" for values in rows.values())
