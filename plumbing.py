@@ -450,13 +450,15 @@ def spread_weights(model: nn.Module, seed: int) -> None:
     of 1e-6, before rounding shows it; spread evenly, of all weights at once just the share crosses a border that makes
     the rounded matrix move as far as the float32 one does on average. (Dithering, once instead of at every rounding.)
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, spread, total = torch.Generator().manual_seed(seed), 0, 0
     for parameter in model.parameters():
         if parameter.ndim > 1:
             bits = parameter.data.view(torch.int32)  # in which neighbours in bfloat16 are 2^16 apart
             in_middle = (bits & 0xFFFF == 0) & (bits & 0x7FFFFFFF != 0)
             offset = torch.randint(1 - 2**15, 2**15, bits.shape, generator=generator, dtype=torch.int32)
             bits += offset.to(bits.device) * in_middle
+            spread, total = spread + int(in_middle.sum()), total + in_middle.numel()
+    say(f"spread_weights: {100 * spread / total:.0f} % of the matrices' weights were on the bfloat16 grid")
 
 
 def bfloat16_images(model: nn.Module, most: int = 2**22) -> Tensor:

@@ -355,3 +355,20 @@ def test_spread_weights_look_the_same_and_move_as_much_as_the_masters(toy):
         image = (weight + step).bfloat16().float() - middle
         assert (image / cell).sum() == pytest.approx(sign * 0.1 * cell.numel(), rel=0.25)
         assert set((image / cell).unique().tolist()) <= {0.0, sign * 1.0, sign * 0.5}
+
+
+def test_a_run_with_spread_weights_starts_as_the_published_model_and_resumes(toy, tmp_path, capsys):
+    source = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(toy).to(torch.bfloat16)
+    for part in (model, AutoTokenizer.from_pretrained(toy)):
+        part.save_pretrained(source)
+    words = {"model": source, "dtype": "bfloat16", "spread_weights": "true", "test_data": ""}
+    assert oisd.main(toy_arguments(toy, tmp_path / "none", num_steps=0, **words)) == 0
+    assert "spread_weights: 100 % of" in capsys.readouterr().out
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "none" / "final").state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+    assert oisd.main(toy_arguments(toy, tmp_path / "whole", **words)) == 0
+    assert oisd.main(toy_arguments(toy, tmp_path / "parted", num_steps=2, **words)) == 0
+    assert oisd.main(["--resume", str(tmp_path / "parted"), "--num_steps", "4"]) == 0
+    whole, parted = (read_metrics(tmp_path / name) for name in ("whole", "parted"))
+    assert whole == parted and 0 < whole[0]["moved_weights"] < whole[3]["moved_weights"] < 1
