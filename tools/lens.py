@@ -8,7 +8,8 @@ r"""The paper's pictures, of any run or checkpoint.
     python tools/lens.py norms RUN [RUN ...]        gradient norm of each loss (Fig. 9; set `gradient_norms_every`)
     python tools/lens.py responses RUN RUN          answers to the same problem side by side (Fig. 10)
 
-A place is a run's folder (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or folder.
+A place is a run's folder (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or folder;
+PLACE=NAME names it in the picture, and `layers` averages places of one name, with a band of one standard deviation.
 Problems and settings are the run's, of a model those of `--config`, the laptop's by default; any field of the config
 may follow. Held-out problems are used where there are some. Computed in float32; rollouts are Transformers'.
 """
@@ -76,6 +77,7 @@ def run_of(place: Path) -> Path | None:
 
 def open_place(place: str, words: list[str]) -> Opened:
     """Load a model, its tokenizer and its problems. Raises: UserError."""
+    place, _, name = place.partition("=")
     path, checkpoint = Path(place), None
     run = run_of(path)
     chosen = words if run is None or "--config" in words else ["--config", f"{run}/config.toml:", *words]
@@ -104,7 +106,7 @@ def open_place(place: str, words: list[str]) -> Opened:
         options = dataclasses.replace(options, strict=not config.lora_rank)
         sharded_state.set_model_state_dict(model, state["model"], options=options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(str(place), config, tokenizer, model, end_ids, problems)
+    return Opened(name or place, config, tokenizer, model, end_ids, problems)
 
 
 @torch.no_grad()
@@ -295,9 +297,16 @@ def layers(places: list[Opened], options) -> None:
     }
     figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3.2), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items()):
-        for opened in places:
-            mine = [row for row in rows if row["place"] == opened.name]
-            axis.plot([row["layer"] for row in mine], [row[name] for row in mine], marker=".", label=opened.name)
+        for place in dict.fromkeys(opened.name for opened in places):
+            by_layer: dict[int, list[float]] = {}
+            for row in rows:
+                if row["place"] == place:
+                    by_layer.setdefault(row["layer"], []).append(row[name])
+            means = [statistics.fmean(values) for values in by_layer.values()]
+            bands = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in by_layer.values()]
+            axis.plot(list(by_layer), means, marker=".", label=place)
+            edges = [[mean + sign * band for mean, band in zip(means, bands)] for sign in (-1, 1)]
+            axis.fill_between(list(by_layer), *edges, alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
