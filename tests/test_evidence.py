@@ -91,6 +91,21 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     assert "### short" in said and "### long" in said and (tmp_path / "study.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed = 3\n[rows.a]", "unknown: seed"),
+        ('seeds = 1\nbaseline = "b"\n[rows.a]\nconfig = "x:y"', "names rows that are not there: {'b'}"),
+        ('seeds = 1\nbaseline = "a"\n[rows.a]', "row a lacks its config"),
+        ('baseline = "a"\n[rows.a]\nconfig = "x:y"', "row a lacks its config or its seeds"),
+    ],
+)
+def test_a_spec_that_cannot_be_meant_is_refused_in_a_line(text, said, tmp_path):
+    (tmp_path / "spec.toml").write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        sweep.run_all(tmp_path / "spec.toml", 1, [])
+
+
 def test_statistics_of_a_sweep():
     """Student's t for three differences, and what the bootstrap of a constant must be."""
     assert sweep.t_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)

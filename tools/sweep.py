@@ -65,12 +65,18 @@ def read_spec(path):
     spec = tomllib.loads(path.read_text(encoding="utf-8"))
     if unknown := spec.keys() - {"seeds", "baseline", "prepare", "settings", "rows"}:
         sys.exit(f"{path}: unknown: {', '.join(sorted(unknown))}")
-    settings, runs = spec.get("settings", {"": {}}), []
+    settings, rows, runs = spec.get("settings", {"": {}}), spec.get("rows", {}), []
+    named = {spec.get("baseline"), *itertools.chain.from_iterable(part.get("rows", []) for part in settings.values())}
+    if missing := named - rows.keys():
+        sys.exit(f"{path}: baseline or a setting names rows that are not there: {missing}")
+    for row, setting in itertools.product(rows, settings):
+        if "config" not in settings[setting] | rows[row] or "seeds" not in spec | settings[setting] | rows[row]:
+            sys.exit(f"{path}: row {row} lacks its config or its seeds, as in: config = 'configs.toml:tiny'")
     for seed in range(1000):
-        for (setting, shared), (row, own) in itertools.product(settings.items(), spec["rows"].items()):
+        for (setting, shared), (row, own) in itertools.product(settings.items(), rows.items()):
             chosen = row in shared.get("rows", [row]) and setting in own.get("settings", [setting])
             values = shared | own
-            if chosen and seed < min(part.get("seeds", spec["seeds"]) for part in (shared, own)):
+            if chosen and seed < min(part.get("seeds", spec.get("seeds", 1000)) for part in (shared, own)):
                 fields = {name: value for name, value in values.items() if name not in OWN}
                 words = [values.get("program", "oisd.py"), "--config", values["config"], "--seed", seed]
                 words += itertools.chain.from_iterable((f"--{name}", value) for name, value in fields.items())
@@ -78,7 +84,7 @@ def read_spec(path):
     return spec, runs
 
 
-def launch(folder, words):
+def launch(folder, words, launcher):
     """One run, from where it stands. -> whether it is finished."""
     if (folder / "final").exists():
         return True
@@ -89,12 +95,14 @@ def launch(folder, words):
         words = [*words, "--output_dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.log").open("a") as log:
-        subprocess.run([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, check=False)
+        subprocess.run([*launcher, *words], cwd=ROOT, stdout=log, stderr=log, check=False)
     return (folder / "final").exists()
 
 
-def run_all(path, jobs, only):
+def run_all(path, jobs, only, launcher=(sys.executable,)):
     spec, runs = read_spec(path)
+    if unknown := set(only) - {name for setting, row, *_ in runs for name in (setting, row)}:
+        sys.exit(f"--only: neither a row nor a setting of {path}: {', '.join(sorted(unknown))}")
     runs = [run for run in runs if not only or {run[0], run[1]} & set(only)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -103,7 +111,7 @@ def run_all(path, jobs, only):
     folders = [RUNS / path.stem / "-".join(filter(None, (s, row, str(seed)))) for s, row, seed, _ in runs]
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(launch, folders, (words for *_, words in runs))
+        done = pool.map(launch, folders, (words for *_, words in runs), itertools.repeat(launcher))
         try:
             for count, (folder, finished) in enumerate(zip(folders, done), start=1):
                 print(
@@ -350,15 +358,17 @@ def main():
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
     parser.add_argument("--only", default="", metavar="NAME,...", help="these rows or settings (default: all)")
+    parser.add_argument(
+        "--launcher", default=sys.executable, help='on several GPUs "accelerate launch" (default: python)'
+    )
     parser.add_argument("--report", action="store_true", help="print tables and draw curves; run nothing")
     options = parser.parse_args()
     if not options.spec.is_file() or options.jobs < 1:
         parser.error(f"no such file: {options.spec}" if options.jobs > 0 else "--jobs is at least 1")
-    return (
-        report(options.spec)
-        if options.report
-        else run_all(options.spec, options.jobs, list(filter(None, options.only.split(","))))
-    )
+    if options.report:
+        return report(options.spec)
+    only = [name for name in options.only.split(",") if name]
+    return run_all(options.spec, options.jobs, only, options.launcher.split())
 
 
 if __name__ == "__main__":
