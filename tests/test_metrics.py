@@ -350,9 +350,9 @@ def test_spread_weights_look_the_same_and_move_as_much_as_the_masters(toy):
     bits = middle.abs().view(torch.int32)
     cell = (bits + 2**16).view(torch.float32) - middle.abs()
     for sign in (1, -1):
-        step = sign * 0.1 * cell
+        step = sign * 0.1 * cell * middle.sign()  # away from zero, or towards it
         assert torch.equal((middle + step).bfloat16(), middle.bfloat16())
-        image = (weight + step).bfloat16().float() - middle
+        image = ((weight + step).bfloat16().float() - middle) * middle.sign()
         assert (image / cell).sum() == pytest.approx(sign * 0.1 * cell.numel(), rel=0.25)
         assert set((image / cell).unique().tolist()) <= {0.0, sign * 1.0, sign * 0.5}
 

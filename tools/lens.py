@@ -102,9 +102,7 @@ def open_place(place: str, words: list[str]) -> Opened:
     if checkpoint:
         options = sharded_state.StateDictOptions(ignore_frozen_params=True)
         state = {"model": sharded_state.get_model_state_dict(model, options=options)}
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-        options = dataclasses.replace(options, strict=not config.lora_rank)
-        sharded_state.set_model_state_dict(model, state["model"], options=options)
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)  # into the model's own tensors
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Opened(name or place, config, tokenizer, model, end_ids, problems)
 
