@@ -65,6 +65,9 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
         def map(self, *arguments):
             return map(*arguments)
 
+        def shutdown(self, cancel_futures):
+            assert cancel_futures
+
     monkeypatch.setattr(sweep.subprocess, "run", run)
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
@@ -72,6 +75,11 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     assert launched == ["short-oisd-0", "long-oisd-0", "short-oisd-1"]
     assert sweep.run_all(spec, 2, []) == 0 and sorted(launched[3:]) == ["short-grpo-0", "short-grpo-1"]
     assert sweep.run_all(spec, 1, []) == 0 and len(launched) == 5  # all is there
+    other = tmp_path / "other" / "study.toml"
+    other.parent.mkdir()
+    other.write_text(spec.read_text().replace("num_steps = 2", "num_steps = 3"))
+    with pytest.raises(SystemExit, match="long-oisd-0 was made by other settings"):
+        sweep.run_all(other, 1, [])
     with (tmp_path / "study.runs.csv").open() as file:
         lines = {(line["setting"], line["row"], line["seed"]): line for line in csv.DictReader(file)}
     assert len(lines) == 5

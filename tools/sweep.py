@@ -84,6 +84,16 @@ def read_spec(path):
     return spec, runs
 
 
+def check_command(folder, words):
+    """A folder holds what the spec says now: beside it stands the command that it was made by."""
+    command = Path(f"{folder}.command")
+    command.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists() or not command.exists():
+        command.write_text(" ".join(words))
+    elif command.read_text() != " ".join(words):
+        sys.exit(f"{folder} was made by other settings, {command.read_text()!r}: move it away")
+
+
 def launch(folder, words, launcher):
     """One run, from where it stands. -> whether it is finished."""
     if (folder / "final").exists():
@@ -93,7 +103,6 @@ def launch(folder, words, launcher):
     else:
         shutil.rmtree(folder, ignore_errors=True)
         words = [*words, "--output_dir", str(folder)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.log").open("a") as log:
         subprocess.run([*launcher, *words], cwd=ROOT, stdout=log, stderr=log, check=False)
     return (folder / "final").exists()
@@ -109,21 +118,22 @@ def run_all(path, jobs, only, launcher=(sys.executable,)):
     for command in spec.get("prepare", []):
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     folders = [RUNS / path.stem / "-".join(filter(None, (s, row, str(seed)))) for s, row, seed, _ in runs]
+    for folder, (*_, words) in zip(folders, runs):
+        check_command(folder, words)
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(launch, folders, (words for *_, words in runs), itertools.repeat(launcher))
         try:
             for count, (folder, finished) in enumerate(zip(folders, done), start=1):
-                print(
-                    f"{count} of {len(runs)}: {folder.name}{'' if finished else f' FAILED, see {folder}.log'}",
-                    flush=True,
-                )
+                verdict = "" if finished else f" is NOT FINISHED, see {folder}.log"
+                print(f"{count} of {len(runs)}: {folder.name}{verdict}", flush=True)
                 failed += [] if finished else [folder]
                 write_csv(path, runs, folders)
         except KeyboardInterrupt:  # the runs have got it too, and save
+            sys.exit(f"stopped; {path} goes on where it was")
+        finally:
             pool.shutdown(cancel_futures=True)
             write_csv(path, runs, folders)
-            sys.exit(f"stopped; {path} goes on where it was")
     return 1 if failed else 0
 
 
@@ -183,7 +193,8 @@ def write_csv(path, runs, folders):
         lines = list(itertools.chain.from_iterable(table.values()))
         temporary = csv_path(path, name).with_suffix(".part")
         with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]) if lines else [], lineterminator="\n")
+            columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             for line in lines:
                 writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
@@ -222,8 +233,6 @@ def t_interval(values, level=0.95):
     from mpmath import betainc, findroot
 
     n = len(values) - 1
-    if n < 1:
-        return float("nan")
     t = findroot(lambda t: betainc(n / 2, 0.5, 0, n / (n + t * t), regularized=True) - (1 - level), 2.0)
     return float(t) * statistics.stdev(values) / (n + 1) ** 0.5
 
@@ -256,7 +265,7 @@ def differences(lines, baseline):
     gains = [100 * difference for difference in paired(lines, baseline, "after")]
     scale = 100 / statistics.fmean(line["area"] for line in baseline)
     areas = [scale * difference for difference in paired(lines, baseline, "area")]
-    if not gains:
+    if len(gains) < 2:
         return "", ""
     low, high = bootstrap(areas)
     by_t, by_resampling = t_interval(gains), f"[{low:+.1f}, {high:+.1f}]"
