@@ -4,6 +4,8 @@ import contextlib
 import csv
 import html.parser
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from conftest import toy_arguments
 from transformers import AutoModelForCausalLM
 
 import oisd
+from settings import UserError
 from tools import lens, report, sweep
+
+PYTHON = [sys.executable]
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +55,9 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     row = "\n".join(f"{name} = {json.dumps(value)}" for name, value in fields.items())
     spec = tmp_path / "study.toml"
     spec.write_text(SPEC.format(row=row))
-    launched, real = [], sweep.subprocess.run
+    launched = []
 
-    def run(words, **settings):  # in this process, as starting Python takes longer than the run
-        if words[1] != "oisd.py":
-            return real(words, **settings)
+    def call(words, log=None):  # in this process, as starting Python takes longer than the run
         launched.append(words[-1].rsplit("/", 1)[1])
         return oisd.main(words[2:])
 
@@ -68,18 +71,18 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
         def shutdown(self, cancel_futures):
             assert cancel_futures
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep, "call", call)
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
-    assert sweep.run_all(spec, 1, ["oisd"]) == 0
+    assert sweep.run_all(spec, 1, ["oisd"], PYTHON) == 0
     assert launched == ["short-oisd-0", "long-oisd-0", "short-oisd-1"]
-    assert sweep.run_all(spec, 2, []) == 0 and sorted(launched[3:]) == ["short-grpo-0", "short-grpo-1"]
-    assert sweep.run_all(spec, 1, []) == 0 and len(launched) == 5  # all is there
+    assert sweep.run_all(spec, 2, [], PYTHON) == 0 and sorted(launched[3:]) == ["short-grpo-0", "short-grpo-1"]
+    assert sweep.run_all(spec, 1, [], PYTHON) == 0 and len(launched) == 5  # all is there
     other = tmp_path / "other" / "study.toml"
     other.parent.mkdir()
     other.write_text(spec.read_text().replace("num_steps = 2", "num_steps = 3"))
-    with pytest.raises(SystemExit, match="long-oisd-0 was made by other settings"):
-        sweep.run_all(other, 1, [])
+    with pytest.raises(UserError, match="long-oisd-0 has num_steps = 2, the spec 3: move that run away"):
+        sweep.run_all(other, 1, [], PYTHON)
     with (tmp_path / "study.runs.csv").open() as file:
         lines = {(line["setting"], line["row"], line["seed"]): line for line in csv.DictReader(file)}
     assert len(lines) == 5
@@ -99,19 +102,38 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     assert "### short" in said and "### long" in said and (tmp_path / "study.png").stat().st_size > 10_000
 
 
+CALLED = 'baseline = "a"\n[rows.a]\nconfig = "configs.toml:tiny"\n'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seed = 3\n[rows.a]", "unknown: seed"),
-        ('seeds = 1\nbaseline = "b"\n[rows.a]\nconfig = "x:y"', "names rows that are not there: {'b'}"),
-        ('seeds = 1\nbaseline = "a"\n[rows.a]', "row a lacks its config"),
-        ('baseline = "a"\n[rows.a]\nconfig = "x:y"', "row a lacks its config or its seeds"),
+        ("seed = 3\n" + CALLED, "missing: seed"),
+        ("seeds = 1\n[rows.a]", "a baseline, as in"),
+        (CALLED, "row a lacks its table"),
+        ("seeds = 2\n" + CALLED + 'settings = ["x"]', "missing: x"),
+        ("seeds = ", "spec.toml: Invalid value"),
+        ("seeds = 1\n" + CALLED + "think_wight = 1", "there is no field|unrecognized arguments: --think_wight"),
+        ("seeds = 1\n" + CALLED + "num_steps = 0\n[settings.a]\nseeds = 0", "lacks its table"),
+        ('seeds = 1\nprepare = ["tools/plan.py --config nowhere:x"]\n' + CALLED, "ended with exit code 2"),
     ],
 )
-def test_a_spec_that_cannot_be_meant_is_refused_in_a_line(text, said, tmp_path):
+def test_a_spec_that_cannot_be_meant_is_refused_in_a_line(text, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
     (tmp_path / "spec.toml").write_text(text)
-    with pytest.raises(SystemExit, match=said):
-        sweep.run_all(tmp_path / "spec.toml", 1, [])
+    assert sweep.main([str(tmp_path / "spec.toml")]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    (tmp_path / "spec.toml").write_text("seeds = 1\n" + CALLED)
+    folder = tmp_path / "runs" / "spec" / "a-0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("kept")
+    with sweep.locked(folder / "lock"), pytest.raises(UserError, match="held by another process"):
+        sweep.run_all(tmp_path / "spec.toml", 1, [], PYTHON)
+    assert (folder / "metrics.jsonl").read_text() == "kept"
 
 
 def test_statistics_of_a_sweep():
@@ -123,7 +145,9 @@ def test_statistics_of_a_sweep():
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.011) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.011)
     lines = [{"seed": seed, "after": value, "area": value} for seed, value in ((0, 0.5), (1, 0.75), (2, 0.5))]
     base = [{"seed": seed, "after": value, "area": value} for seed, value in ((2, 0.25), (0, 0.25), (7, 0.9))]
-    assert sweep.paired(lines, base, "after") == [0.25, 0.25]
+    assert sweep.paired(lines, base, "after") == [(0.5, 0.25), (0.5, 0.25)]
+    assert sweep.differences(lines, base) == ["+25.0 ± 0.0", "+100.0 ± 0.0 [+100.0, +100.0]"]
+    assert sweep.spread([1.0, None, 2.0]) == "1.5 ± 0.7 (2 of 3)"
     assert sweep.first_at([0.1, 0.1, 0.4, 0.7, 0.7], 0.39) == 3
     assert sweep.first_at([0.1, 0.1], 0.4) is None
 

@@ -22,19 +22,30 @@ run and a line per step; they keep the lines of runs that are no longer on the d
 """
 
 import argparse
+import contextlib
 import csv
+import dataclasses
+import fcntl
+import importlib
 import itertools
 import json
 import os
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import oisd
+from settings import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
@@ -45,96 +56,153 @@ CURVES = {
     "entropy": "entropy of the policy (nats)",
     "student_entropy": "entropy of the student's lens (nats)",
 }
-LOGGED = [
-    *CURVES,
-    "think_loss",
-    "attention_loss",
-    "grad_norm",
-    "response_length",
-    "sampler_logprob_gap",
-    "moved_weights",
-]
+LOGGED = [*CURVES, "think_loss", "attention_loss", "grad_norm", "response_length"]
+LOGGED += ["sampler_logprob_gap", "moved_weights"]
 OWN = {"config", "program", "seeds", "rows", "settings"}
+FREE = set(oisd.FREE_ON_RESUME) - {"num_steps"}  # fields that a run may have otherwise and still be the one asked for
 
 
 # ----------------------------------------------------- Runs ----------------------------------------------------------
 
 
-def read_spec(path):
-    """-> the runs, seed by seed so that a sweep cut off is balanced: (setting, row, seed, command's words)."""
-    spec = tomllib.loads(path.read_text(encoding="utf-8"))
-    if unknown := spec.keys() - {"seeds", "baseline", "prepare", "settings", "rows"}:
-        sys.exit(f"{path}: unknown: {', '.join(sorted(unknown))}")
-    settings, rows, runs = spec.get("settings", {"": {}}), spec.get("rows", {}), []
-    named = {spec.get("baseline"), *itertools.chain.from_iterable(part.get("rows", []) for part in settings.values())}
-    if missing := named - rows.keys():
-        sys.exit(f"{path}: baseline or a setting names rows that are not there: {missing}")
-    for row, setting in itertools.product(rows, settings):
-        if "config" not in settings[setting] | rows[row] or "seeds" not in spec | settings[setting] | rows[row]:
-            sys.exit(f"{path}: row {row} lacks its config or its seeds, as in: config = 'configs.toml:tiny'")
-    for seed in range(1000):
-        for (setting, shared), (row, own) in itertools.product(settings.items(), rows.items()):
-            chosen = row in shared.get("rows", [row]) and setting in own.get("settings", [setting])
-            values = shared | own
-            if chosen and seed < min(part.get("seeds", spec.get("seeds", 1000)) for part in (shared, own)):
-                fields = {name: value for name, value in values.items() if name not in OWN}
-                words = [values.get("program", "oisd.py"), "--config", values["config"], "--seed", seed]
-                words += itertools.chain.from_iterable((f"--{name}", value) for name, value in fields.items())
-                runs.append((setting, row, seed, [str(word) for word in words]))
-    return spec, runs
+@dataclass
+class Planned:
+    """A run of a sweep."""
+
+    setting: str
+    row: str
+    seed: int
+    words: list[str]  # of its command: program, then options
+    folder: Path
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.setting, self.row, str(self.seed)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "final").exists()
+
+    def check(self) -> None:
+        """Of its command, and of the folder if there is one: is it the run that is meant? Raises: UserError."""
+        program = importlib.import_module(self.words[0].removesuffix(".py").replace("/", "."))
+        own = [k for k in vars(program).values() if isinstance(k, type) and issubclass(k, oisd.Config)]
+        kind = max(own, key=lambda k: len(k.__mro__))  # a baseline's own config is a subclass
+        _, config = oisd.load_config(self.words[1:], kind)
+        made = self.folder / "config.toml"
+        if made.exists():
+            (found,) = tomllib.loads(made.read_text(encoding="utf-8")).values()
+            for name, value in dataclasses.asdict(config).items():
+                if name not in FREE and value != "auto" and found.get(name, getattr(kind, name)) != value:
+                    other = found.get(name, getattr(kind, name))
+                    raise UserError(f"{self.folder} has {name} = {other!r}, the spec {value!r}: move that run away")
+
+    def launch(self, launcher: list[str]) -> bool:
+        """Go on from where it stands. -> whether it is finished."""
+        if self.finished:
+            return True
+        if any(self.folder.glob("checkpoints/step_" + "[0-9]" * 6)):
+            words = [self.words[0], "--resume", str(self.folder)]
+        else:
+            if self.folder.exists():
+                with locked(self.folder / "lock"):  # another process may be at it
+                    shutil.rmtree(self.folder)
+            words = [*self.words, "--output_dir", str(self.folder)]
+        with Path(f"{self.folder}.log").open("a") as log:
+            call([*launcher, *words], log)
+        return self.finished
 
 
-def check_command(folder, words):
-    """A folder holds what the spec says now: beside it stands the command that it was made by."""
-    command = Path(f"{folder}.command")
-    command.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.exists() or not command.exists():
-        command.write_text(" ".join(words))
-    elif command.read_text() != " ".join(words):
-        sys.exit(f"{folder} was made by other settings, {command.read_text()!r}: move it away")
+RUNNING: set[subprocess.Popen] = set()
 
 
-def launch(folder, words, launcher):
-    """One run, from where it stands. -> whether it is finished."""
-    if (folder / "final").exists():
-        return True
-    if any(folder.glob("checkpoints/step_" + "[0-9]" * 6)):
-        words = [words[0], "--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        words = [*words, "--output_dir", str(folder)]
-    with Path(f"{folder}.log").open("a") as log:
-        subprocess.run([*launcher, *words], cwd=ROOT, stdout=log, stderr=log, check=False)
-    return (folder / "final").exists()
+def call(command, log=None):
+    """-> exit code."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process:
+        RUNNING.add(process)
+        code = process.wait()
+    RUNNING.discard(process)
+    return code
 
 
-def run_all(path, jobs, only, launcher=(sys.executable,)):
-    spec, runs = read_spec(path)
-    if unknown := set(only) - {name for setting, row, *_ in runs for name in (setting, row)}:
-        sys.exit(f"--only: neither a row nor a setting of {path}: {', '.join(sorted(unknown))}")
-    runs = [run for run in runs if not only or {run[0], run[1]} & set(only)]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    os.environ.setdefault("OMP_NUM_THREADS", threads)
-    for command in spec.get("prepare", []):
-        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
-    folders = [RUNS / path.stem / "-".join(filter(None, (s, row, str(seed)))) for s, row, seed, _ in runs]
-    for folder, (*_, words) in zip(folders, runs):
-        check_command(folder, words)
-    failed = []
-    with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(launch, folders, (words for *_, words in runs), itertools.repeat(launcher))
+def stop(number, _frame):
+    """SIGTERM as Ctrl-C, which from a terminal reaches the runs by itself: they save."""
+    for process in list(RUNNING):
+        process.terminate()
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Raises: UserError if another process holds it."""
+    with path.open("w") as lock:
         try:
-            for count, (folder, finished) in enumerate(zip(folders, done), start=1):
-                verdict = "" if finished else f" is NOT FINISHED, see {folder}.log"
-                print(f"{count} of {len(runs)}: {folder.name}{verdict}", flush=True)
-                failed += [] if finished else [folder]
-                write_csv(path, runs, folders)
-        except KeyboardInterrupt:  # the runs have got it too, and save
-            sys.exit(f"stopped; {path} goes on where it was")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is held by another process: wait for it") from None
+        yield
+
+
+def read_spec(path):
+    """-> the spec and its runs, seed by seed so that a sweep cut off is balanced. Raises: UserError."""
+    try:
+        spec = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path}: {one_line(problem)}") from None
+    settings, rows = spec.get("settings", {"": {}}), spec.get("rows", {})
+    chosen = {row: own.get("settings", list(settings)) for row, own in rows.items()}
+    allowed = {setting: shared.get("rows", list(rows)) for setting, shared in settings.items()}
+    unknown = spec.keys() - {"seeds", "baseline", "prepare", "settings", "rows"}
+    unknown |= {*itertools.chain(*chosen.values())} - settings.keys()
+    unknown |= {
+        spec.get("baseline", "a baseline, as in: baseline = 'grpo'"),
+        *itertools.chain(*allowed.values()),
+    } - rows.keys()
+    if unknown:
+        raise UserError(f"{path}: unknown or missing: {', '.join(sorted(unknown))}")
+    runs = []
+    for (setting, shared), (row, own) in itertools.product(settings.items(), rows.items()):
+        values = {name: value for name, value in (shared | own).items() if name not in OWN}
+        program, config = ((shared | own).get(name, usual) for name, usual in (("program", "oisd.py"), ("config", "")))
+        seeds = min((part["seeds"] for part in (shared, own) if "seeds" in part), default=spec.get("seeds", 0))
+        if not config or not isinstance(seeds, int) or seeds < 1:
+            raise UserError(f"{path}: row {row} lacks its table, as in: config = 'configs.toml:tiny', or its seeds")
+        for seed in range(seeds) if row in allowed[setting] and setting in chosen[row] else ():
+            words = [program, "--config", config, "--seed", seed]
+            words += itertools.chain.from_iterable(
+                (f"--{n}", str(v).lower() if isinstance(v, bool) else v) for n, v in values.items()
+            )
+            folder = RUNS / path.stem / "-".join(filter(None, (setting, row, str(seed))))
+            runs.append(Planned(setting, row, seed, [str(word) for word in words], folder))
+    return spec, sorted(runs, key=lambda run: run.seed)
+
+
+def run_all(path, jobs, only, launcher):
+    spec, every = read_spec(path)
+    if unknown := set(only) - {name for run in every for name in (run.setting, run.row)}:
+        raise UserError(f"--only: neither a row nor a setting of {path}: {', '.join(sorted(unknown))}")
+    runs = [run for run in every if not only or {run.setting, run.row} & set(only)]
+    if launcher == [sys.executable]:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    (RUNS / path.stem).mkdir(parents=True, exist_ok=True)
+    with locked(RUNS / path.stem / "lock"), ThreadPoolExecutor(jobs) as pool:
+        for run in runs:
+            run.check()
+        for command in spec.get("prepare", []):
+            if code := call([sys.executable, *shlex.split(command)]):
+                raise UserError(f"{path}: {command!r} of prepare ended with exit code {code}")
+        done = pool.map(lambda run: run.launch(launcher), runs)
+        try:
+            for count, (run, finished) in enumerate(zip(runs, done), start=1):
+                verdict = "" if finished else f" is NOT FINISHED, see {run.folder}.log"
+                print(f"{count} of {len(runs)}: {run.folder.name}{verdict}", flush=True)
+                write_csv(path, every)
+        except KeyboardInterrupt:
+            raise UserError(f"stopped; {path} goes on where it was") from None
         finally:
             pool.shutdown(cancel_futures=True)
-            write_csv(path, runs, folders)
-    return 1 if failed else 0
+            write_csv(path, every)
+    return 0 if all(run.finished for run in runs) else 1
 
 
 # ----------------------------------------------------- CSV -----------------------------------------------------------
@@ -150,47 +218,53 @@ def smoothed(values):
     return [statistics.fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
 
 
-def summarise(folder, key, words):
+def summarise(run):
     """A finished run -> its line of each CSV file: one, and one per step."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    header = (folder / "config.toml").read_text().partition("\n")[0]
-    run = dict(key, commit=header.rpartition(" ")[2], settings=" ".join(words))
-    held_out = folder / "held_out.json"
+    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    commit = (run.folder / "config.toml").read_text().partition("\n")[0].rpartition(" ")[2]
+    key = {"setting": run.setting, "row": run.row, "seed": run.seed}
+    line = key | {"commit": commit, "settings": " ".join(run.words)}
+    held_out = run.folder / "held_out.json"
     scores = list(json.loads(held_out.read_text()).values()) if held_out.exists() else []
     for when, index in (("before", 0), ("after", -1)):
         for name, field in (("", "accuracy"), ("_error", "standard_error")):
-            run[when + name] = scores[index][field] if scores else None
+            line[when + name] = scores[index][field] if scores else None
 
     def column(name):
         return [row[name] for row in metrics if row.get(name) is not None]
 
     rewards = column("reward")
     start, gain = rewards[0], statistics.fmean(rewards[-5:]) - rewards[0]
-    run["area"] = statistics.fmean(rewards)
-    run["steps_to_half"], run["steps_to_nine_tenths"] = (first_at(rewards, start + part * gain) for part in (0.5, 0.9))
+    line["area"] = statistics.fmean(rewards)
+    for name, part in (("half", 0.5), ("nine_tenths", 0.9)):
+        line[f"steps_to_{name}"] = first_at(rewards, start + part * gain) if gain > 0 else None
     for name in list(CURVES)[1:]:
         values = column(name) or [None]
-        run |= {f"{name}_first": values[0], f"{name}_last": values[-1]}
-        run[f"{name}_peak"] = max(values, key=lambda value: abs(value - values[0])) if values != [None] else None
+        line |= {f"{name}_first": values[0], f"{name}_last": values[-1]}
+        line[f"{name}_peak"] = max(values, key=lambda value: abs(value - values[0])) if values != [None] else None
     # The sign rule: while most answers of a group are wrong, the think loss pushes the layers apart.
-    run["half_right_at"] = first_at(rewards, 0.5)
-    run["think_js_farthest_at"] = 1 + smooth.index(max(smooth)) if (smooth := smoothed(column("think_js"))) else None
-    run["moved_weights"] = metrics[-1].get("moved_weights")
-    run["seconds"] = sum(row["seconds"] for row in metrics)
-    return run, [dict(key, step=row["step"], **{name: row.get(name) for name in LOGGED}) for row in metrics]
+    line["half_right_at"] = first_at(rewards, 0.5)
+    line["think_js_largest_at"] = 1 + smooth.index(max(smooth)) if (smooth := smoothed(column("think_js"))) else None
+    line["moved_weights"] = metrics[-1].get("moved_weights")
+    line["seconds"] = sum(row["seconds"] for row in metrics)
+    return line, [dict(key, step=row["step"], **{name: row.get(name) for name in LOGGED}) for row in metrics]
 
 
-def write_csv(path, runs, folders):
-    tables = {name: {} for name in ("runs", "steps")}
+def write_csv(path, runs):
+    """Lines of the runs on the disk; of others, those that were there, unless the spec now says otherwise."""
+    tables = {"runs": {}, "steps": {}}
     for name, table in tables.items():
         for line in read_csv(path, name):
             table.setdefault((line["setting"], line["row"], str(line["seed"])), []).append(line)
-    for (setting, row, seed, words), folder in zip(runs, folders):
-        if (folder / "final").exists():
-            run, steps = summarise(folder, {"setting": setting, "row": row, "seed": seed}, words)
-            tables["runs"][setting, row, str(seed)], tables["steps"][setting, row, str(seed)] = [run], steps
+    commands = {run.key: " ".join(run.words) for run in runs}
+    stale = {key for key, (line, *_) in tables["runs"].items() if line["settings"] != commands.get(key)}
+    for run in runs:
+        if run.finished:
+            line, steps = summarise(run)
+            tables["runs"][run.key], tables["steps"][run.key] = [line], steps
+            stale.discard(run.key)
     for name, table in tables.items():
-        lines = list(itertools.chain.from_iterable(table.values()))
+        lines = [line for key, lines in table.items() if key not in stale for line in lines]
         temporary = csv_path(path, name).with_suffix(".part")
         with temporary.open("w", newline="") as file:
             columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
@@ -238,38 +312,43 @@ def t_interval(values, level=0.95):
 
 
 def bootstrap(values, draws=10_000, level=0.95):
-    """Interval of a mean by resampling seeds (percentiles)."""
+    """Interval of a mean by resampling seeds (percentiles). Too narrow for few: of 3 seeds it covers about 76 %."""
     values = np.array(values)
     means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(1)
     return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
 
 
 def paired(lines, baseline, field):
-    """-> (by seed, line - baseline) where both have run."""
-    base = {line["seed"]: line[field] for line in baseline}
-    return [line[field] - base[line["seed"]] for line in lines if line["seed"] in base and line[field] is not None]
+    """-> by seed, (line's, baseline's) where both have run."""
+    base = {line["seed"]: line[field] for line in baseline if line[field] is not None}
+    return [(line[field], base[line["seed"]]) for line in lines if line["seed"] in base and line[field] is not None]
 
 
 def spread(values, scale=1, digits=1):
-    values = [scale * value for value in values if value is not None]
-    if not values:
+    """Mean ± standard deviation; where some have none, of how many it is."""
+    found = [scale * value for value in values if value is not None]
+    if not found:
         return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+    deviation = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    missing = f" ({len(found)} of {len(values)})" if len(found) < len(values) else ""
+    return f"{statistics.fmean(found):.{digits}f}{deviation}{missing}"
 
 
 def differences(lines, baseline):
     """Of final accuracy, in points, and of the area, in per cent of the baseline's: with their intervals."""
+    shown = ["", ""]
     if not baseline or lines is baseline:
-        return "", ""
-    gains = [100 * difference for difference in paired(lines, baseline, "after")]
-    scale = 100 / statistics.fmean(line["area"] for line in baseline)
-    areas = [scale * difference for difference in paired(lines, baseline, "area")]
-    if len(gains) < 2:
-        return "", ""
-    low, high = bootstrap(areas)
-    by_t, by_resampling = t_interval(gains), f"[{low:+.1f}, {high:+.1f}]"
-    return f"{statistics.fmean(gains):+.1f} ± {by_t:.1f}", f"{statistics.fmean(areas):+.1f} {by_resampling}"
+        return shown
+    gains = [100 * (mine - other) for mine, other in paired(lines, baseline, "after")]
+    if len(gains) > 1:
+        shown[0] = f"{statistics.fmean(gains):+.1f} ± {t_interval(gains):.1f}"
+    areas = paired(lines, baseline, "area")
+    if len(areas) > 1:
+        scale = 100 / statistics.fmean(other for _, other in areas)
+        areas = [scale * (mine - other) for mine, other in areas]
+        low, high = bootstrap(areas)
+        shown[1] = f"{statistics.fmean(areas):+.1f} ± {t_interval(areas):.1f} [{low:+.1f}, {high:+.1f}]"
+    return shown
 
 
 def print_table(header, rows):
@@ -280,46 +359,48 @@ def print_table(header, rows):
 
 
 def report(path):
-    spec = tomllib.loads(path.read_text(encoding="utf-8"))
-    runs = read_csv(path, "runs")
+    spec, _ = read_spec(path)
+    runs = sorted(read_csv(path, "runs"), key=lambda line: line["seed"])
     if not runs:
-        sys.exit(f"{csv_path(path, 'runs')} has no runs yet: leave --report out")
+        raise UserError(f"{csv_path(path, 'runs')} has no runs yet: leave --report out")
     by_row = {}
-    for line in sorted(runs, key=lambda line: line["seed"]):
+    for line in runs:
         by_row.setdefault((line["setting"], line["row"]), []).append(line)
     commits = ", ".join(sorted({line["commit"] for line in runs}))
     print(
-        f"{len(runs)} runs, commits {commits}. Mean ± standard deviation over seeds. Differences to {spec['baseline']}"
+        f"{len(runs)} runs, commits {commits}. Mean ± standard deviation over seeds; differences to {spec['baseline']}"
     )
-    print("are paired by seed, with 95 % intervals: of accuracy by Student's t, of the area by bootstrap over seeds.")
+    print(
+        "paired by seed, ± half the 95 % interval by Student's t, in brackets that by bootstrap over seeds. Area: mean"
+    )
+    print("reward over all steps. Steps to 1/2 and 9/10 of the run's own gain in reward. Divergences and entropies in")
+    print("nats, at the first step, farthest from that, and at the last.")
     for setting in dict.fromkeys(line["setting"] for line in runs):
         baseline, outcomes, mechanisms = by_row.get((setting, spec["baseline"])), [], []
         for row in spec["rows"]:
             if lines := by_row.get((setting, row)):
-                column = {name: [line[name] for line in lines] for name in lines[0]}
+                column = {name: [line.get(name) for line in lines] for name in lines[0]}
+                shares = [spread(column[name], 100) for name in ("before", "after", "area")]
                 steps = [spread(column[name]) for name in ("steps_to_half", "steps_to_nine_tenths")]
-                points = spread(column["before"], 100), spread(column["after"], 100), spread(column["area"], 100)
                 seconds = f"{statistics.fmean(column['seconds']):.0f}"
-                outcomes.append([row, len(lines), *points, *differences(lines, baseline), *steps, seconds])
-                middles = [
-                    " ".join(
-                        spread(column[f"{name}_{when}"], 1, 3).partition(" ")[0] for when in ("first", "peak", "last")
-                    )
-                    for name in list(CURVES)[1:]
-                ]
-                turns = [spread(column[name]) for name in ("half_right_at", "think_js_farthest_at")]
-                mechanisms.append([row, *middles, *turns, spread(column["moved_weights"], 100)])
+                outcomes.append([row, len(lines), *shares, *differences(lines, baseline), *steps, seconds])
+                cells = []
+                for name in list(CURVES)[1:]:
+                    three = (spread(column[f"{name}_{when}"], 1, 3) for when in ("first", "peak", "last"))
+                    cells.append(" ".join(text.partition(" ")[0] for text in three))
+                turns = [spread(column[name]) for name in ("half_right_at", "think_js_largest_at")]
+                mechanisms.append([row, *cells, *turns, spread(column["moved_weights"], 100)])
         print(f"\n### {setting or path.stem}")
         header = "row, seeds, before %, after %, area %, after: points, area: %, steps to 1/2, to 9/10, seconds"
         print_table(header.split(", "), outcomes)
         header = "row, think JS, attention JS, entropy, student entropy, half right at, think JS largest at, moved %"
         print_table(header.split(", "), mechanisms)
-    print("\nDivergences and entropies: at the first step, farthest from that, at the last; nats.")
     draw(path, spec)
+    return 0
 
 
 def draw(path, spec):
-    """`<spec>.png`: a column per setting, a line per row that all seeds have, a band of one standard deviation."""
+    """`<spec>.png`: a column per setting, of the rows with the most seeds; a band of one standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -327,7 +408,9 @@ def draw(path, spec):
 
     lines = read_csv(path, "steps")
     settings = list(dict.fromkeys(line["setting"] for line in lines))
-    most = {s: max(line["seed"] for line in lines if line["setting"] == s) for s in settings}
+    seeds = {}
+    for line in lines:
+        seeds.setdefault(line["setting"], {}).setdefault(line["row"], set()).add(line["seed"])
     names = [name for name in CURVES if any(line[name] is not None for line in lines)]
     figure, axes = plt.subplots(
         len(names),
@@ -337,11 +420,13 @@ def draw(path, spec):
         squeeze=False,
         sharex="col",
     )
-    colours = dict(zip(spec["rows"], itertools.cycle(plt.get_cmap("tab10").colors)))
+    looks = itertools.product(("-", "--"), plt.get_cmap("tab10").colors)
+    style = {row: {"linestyle": line, "color": colour} for row, (line, colour) in zip(spec["rows"], looks)}
     for setting, column in zip(settings, axes.T):
         for row in spec["rows"]:
             chosen = [line for line in lines if (line["setting"], line["row"]) == (setting, row)]
-            if not chosen or max(line["seed"] for line in chosen) < most[setting]:
+            most = max(map(len, seeds[setting].values()))
+            if len(seeds[setting].get(row, ())) < max(1, most - 1):  # one less: the sweep goes on
                 continue
             for name, axis in zip(names, column):
                 values = {}
@@ -351,8 +436,8 @@ def draw(path, spec):
                 steps, samples = zip(*sorted(values.items()))
                 means = np.array([statistics.fmean(sample) for sample in samples])
                 band = np.array([statistics.stdev(sample) if len(sample) > 1 else 0.0 for sample in samples])
-                axis.plot(steps, means, label=row, color=colours[row])
-                axis.fill_between(steps, means - band, means + band, alpha=0.15, color=colours[row], linewidth=0)
+                axis.plot(steps, means, label=row, **style[row])
+                axis.fill_between(steps, means - band, means + band, alpha=0.15, color=style[row]["color"], linewidth=0)
         for name, axis in zip(names, column):
             axis.set_title(CURVES[name], fontsize="medium")
             axis.grid(alpha=0.3)
@@ -362,22 +447,26 @@ def draw(path, spec):
     figure.savefig(path.with_suffix(".png"), dpi=80)
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="these rows or settings (default: all)")
-    parser.add_argument(
-        "--launcher", default=sys.executable, help='on several GPUs "accelerate launch" (default: python)'
-    )
+    parser.add_argument("--only", default="", metavar="NAME,...", help="runs of any of these rows or settings")
+    parser.add_argument("--launcher", help='in place of python; on several GPUs "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw curves; run nothing")
-    options = parser.parse_args()
-    if not options.spec.is_file() or options.jobs < 1:
-        parser.error(f"no such file: {options.spec}" if options.jobs > 0 else "--jobs is at least 1")
-    if options.report:
-        return report(options.spec)
-    only = [name for name in options.only.split(",") if name]
-    return run_all(options.spec, options.jobs, only, options.launcher.split())
+    options = parser.parse_args(words)
+    if options.jobs < 1:
+        parser.error("--jobs is at least 1")
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if options.report:
+            return report(options.spec)
+        only = [name for name in options.only.split(",") if name]
+        launcher = shlex.split(options.launcher) if options.launcher else [sys.executable]
+        return run_all(options.spec, options.jobs, only, launcher)
+    except UserError as problem:
+        print(f"sweep: error: {problem}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
