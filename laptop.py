@@ -380,7 +380,10 @@ def main():
     if not (0 <= options.slip <= 1 and 0 <= options.careless_steps <= STEPS):
         parser.error(f"--slip is a share, 0 to 1, and --careless-steps are of {STEPS}")
     start = time.perf_counter()
-    folder = make(options.folder, options.slip, options.careless_steps)
+    try:
+        folder = make(options.folder, options.slip, options.careless_steps)
+    except UserError as problem:
+        parser.error(str(problem))
     seconds = time.perf_counter() - start
     model = Qwen3ForCausalLM.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

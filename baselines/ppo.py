@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
 import plumbing
 from oisd import Config, NotNegative, PackedBatch, Positive, Rollout, TappedModel
+from settings import UserError
 
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
@@ -50,6 +51,11 @@ class PpoConfig(Config):
     value_clip: NotNegative = 0.5  # values move at most so far from the old ones to lower their loss; 0: no limit
     value_weight: Positive = 1.0  # of L_value beside L_policy; matters with a shared trunk
     share_trunk: bool = False  # the critic reads the policy's own final hidden states
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share_trunk and self.gradient_norms_every:
+            raise UserError("gradient_norms_every: with share_trunk the critic's loss is in each; set it to 0")
 
 
 class ActorCritic(TappedModel):

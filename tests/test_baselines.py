@@ -459,3 +459,18 @@ def test_two_ranks_and_a_resumed_run_are_one_run(row, toy, rows_by_two, tmp_path
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name])
         torch.testing.assert_close(weights[2][name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        (opsd.OPSD, {"advantage_sign": "negative"}, "advantage_sign = 'negative': OPSD has no such thing"),
+        (opsd.OPSD, {"gradient_norms_every": 1}, "gradient_norms_every = 1: OPSD has no such thing"),
+        (ppo.PPO, {"share_trunk": "true", "gradient_norms_every": 1}, "with share_trunk"),
+    ],
+)
+def test_what_a_baseline_cannot_do_is_refused(program, words, said, toy, tmp_path, capsys):
+    table = f"{ROOT / 'configs.toml'}:{program.config.table}"
+    arguments = ["--config", table, *toy_arguments(toy, tmp_path / "run", **words)[2:]]
+    arguments = [word for word in arguments if not word.startswith("--attention_weight")]
+    assert oisd.main(arguments, program) == 2 and said in capsys.readouterr().err

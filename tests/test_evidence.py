@@ -186,6 +186,15 @@ def test_a_checkpoint_opens_as_the_weights_it_holds(runs):
     assert any(not torch.equal(tensor, final[name]) for name, tensor in first.model.model.state_dict().items())
 
 
+def test_a_baselines_run_opens_too_and_one_without_weights_says_so(runs, tmp_path):
+    settings = (runs[0] / "config.toml").read_text().replace('"grpo"', '"gae"') + "gae_gamma = 1.0\n"
+    (tmp_path / "config.toml").write_text(settings)
+    with pytest.raises(UserError, match="has neither final/ nor a checkpoint yet"):
+        lens.open_place(str(tmp_path), [])
+    (tmp_path / "final").symlink_to(runs[0] / "final")
+    assert lens.open_place(f"{tmp_path}=PPO", []).name == "PPO"
+
+
 @pytest.mark.parametrize("kind", ["table", "attention", "layers", "agreement", "scores", "norms", "responses"])
 def test_every_picture_is_drawn(kind, runs, tmp_path, capsys):
     places = list(map(str, runs if kind != "attention" else runs[:1]))
@@ -202,7 +211,17 @@ def test_what_a_picture_lacks_is_said_in_a_line(runs, toy, tmp_path, capsys):
     for kind, said in (("norms", "--gradient_norms_every 1"), ("responses", "see rollouts_every")):
         assert lens.main([kind, str(bare), "--output", str(tmp_path / "none.png")]) == 2
         assert said in capsys.readouterr().err
-    assert lens.main(["table", str(tmp_path / "nowhere")]) == 2 and "lens: error:" in capsys.readouterr().err
+    for words, said in (
+        (["table", str(tmp_path / "nowhere")], "is no run: name the table"),
+        (["table", str(runs[0]), "--problem", "99"], "has 7 problems"),
+        (["responses", str(runs[0]), str(runs[1]), "--problem", "99"], "that step has"),
+        (["table", str(runs[0]), "--student_layer", "auto"], "name a layer"),
+        (["table", str(runs[0]), "--student_layr", "1"], "unrecognized arguments: --student_layr"),
+    ):
+        assert lens.main(words) == 2, words
+        assert said in capsys.readouterr().err, words
+    with pytest.raises(SystemExit):
+        lens.main(["scores", str(runs[0]), "--typo", "3"])
 
 
 # ----------------------------------------------------- Report --------------------------------------------------------

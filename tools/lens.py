@@ -10,8 +10,8 @@ r"""The paper's pictures, of any run or checkpoint.
 
 A place is a run's folder (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or folder;
 PLACE=NAME names it in the picture, and `layers` averages places of one name, with a band of one standard deviation.
-Problems and settings are the run's, of a model those of `--config`, the laptop's by default; any field of the config
-may follow. Held-out problems are used where there are some. Computed in float32; rollouts are Transformers'.
+Problems and settings are the run's, of a model those of `--config FILE:TABLE`; any field of the config may follow.
+Held-out problems are used where there are some. Computed in float32; rollouts are Transformers'.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import math
 import statistics
 import sys
 import textwrap
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,28 +65,48 @@ class Opened:
         sampler = laptop.HfSampler(self.model.model, self.end_ids, self.config, self.model.head.device)
         return [oisd.Rollout(prompts[s[0]], *s[1:]) for s in sorted(sampler.stream(prompts, seeds))]
 
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
+    def one(self, place: int, tokens: int) -> tuple[oisd.Problem, oisd.Rollout]:
+        """A problem and the start of a response to it. Raises: UserError."""
+        if place >= len(self.problems):
+            raise UserError(f"--problem {place}: {self.name} has {len(self.problems)} problems, counted from 0")
+        rollout = self.sample(place + 1)[place]
+        return self.problems[place], dataclasses.replace(rollout, response_ids=rollout.response_ids[:tokens])
 
     def token(self, index: int) -> str:
-        return self.text([index]).replace("\n", "↵").replace(" ", "·") or "∅"
+        return self.tokenizer.decode([index]).replace("\n", "↵").replace(" ", "·") or "∅"
 
 
 def run_of(place: Path) -> Path | None:
     return next((folder for folder in (place, *place.parents) if (folder / "config.toml").is_file()), None)
 
 
+def settings_of(run: Path | None, place: str, words: list[str]) -> oisd.Config:
+    """Of the table that `--config` names, else of the run; the words on top. Raises: UserError."""
+    if run is None or "--config" in words:
+        if run is None and "--config" not in words and place != "tiny_model":
+            raise UserError(f"{place} is no run: name the table of its problems by --config FILE:TABLE")
+        return oisd.load_config(words)[1]
+    (values,) = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).values()
+    known = {field.name for field in dataclasses.fields(oisd.Config)}
+    values = {name: value for name, value in values.items() if name in known}  # a baseline has more
+    given, _ = oisd.Parser(oisd.Config, "lens.py", "").given(words)
+    return oisd.Config(**values | given | {"advantage": "grpo"})  # it plays no part here, and baselines have their own
+
+
 def open_place(place: str, words: list[str]) -> Opened:
     """Load a model, its tokenizer and its problems. Raises: UserError."""
-    place, _, name = place.partition("=")
+    name = place
+    if "=" in place and not Path(place).exists():
+        place, _, name = place.rpartition("=")
     path, checkpoint = Path(place), None
     run = run_of(path)
-    chosen = words if run is None or "--config" in words else ["--config", f"{run}/config.toml:", *words]
-    _, config = oisd.load_config(chosen)
+    config = settings_of(run, place, words)
     weights = path
     if run == path:
         found = plumbing.checkpoints(run)
         weights = run / "final" if (run / "final").exists() or not found else found[-1]
+        if not weights.exists():
+            raise UserError(f"{place} has neither final/ nor a checkpoint yet")
     if weights.name.startswith("step_"):
         checkpoint = weights
     else:
@@ -104,7 +125,7 @@ def open_place(place: str, words: list[str]) -> Opened:
         state = {"model": sharded_state.get_model_state_dict(model, options=options)}
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)  # into the model's own tensors
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(name or place, config, tokenizer, model, end_ids, problems)
+    return Opened(name, config, tokenizer, model, end_ids, problems)
 
 
 @torch.no_grad()
@@ -170,7 +191,8 @@ def exit_score(opened: Opened, grader: Grader, layer: int, count: int) -> tuple[
         rollouts = opened.sample(count)
     texts = [opened.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     rewards = grader.grade(texts, [problem.answer for problem in opened.problems[:count]])
-    return statistics.fmean(rewards), statistics.stdev(rewards) / math.sqrt(len(rewards))
+    error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else 0.0
+    return statistics.fmean(rewards), error
 
 
 # ----------------------------------------------------- Pictures -----------------------------------------------------
@@ -184,40 +206,39 @@ def save(figure, path: Path) -> None:
 
 
 @torch.no_grad()
-def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[str, float]]]:
-    """By layer, by response token: what the lens ranks first, and its probability."""
+def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, float]]]:
+    """By layer, by response token: the token that the lens ranks first, and its probability."""
     ((_, _, hidden),) = look(opened, [rollout])
     cells = []
     for states in hidden:
         best = (opened.model.lens(states) / opened.config.temperature).softmax(-1).max(-1)
-        cells.append([(opened.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist())])
+        cells.append(list(zip(best.indices.tolist(), best.values.tolist())))
     return cells
 
 
 def table(places: list[Opened], options) -> None:
     """Rows: layers, the last on top. Colour: probability. Framed: what the last layer ranks first too."""
     first = places[0]
-    problem = first.problems[options.problem]
-    rollout = dataclasses.replace(first.sample(options.problem + 1)[options.problem])
-    rollout.response_ids = rollout.response_ids[: options.tokens]
-    rollout.sampler_logprobs = rollout.sampler_logprobs[: options.tokens]
+    problem, rollout = first.one(options.problem, options.tokens)
+    if len({(len(opened.tokenizer), len(opened.model.taps)) for opened in places}) > 1:
+        raise UserError("the places differ in vocabulary or layers: draw a table of each")
     said = [first.token(index) for index in rollout.response_ids]
     layers = shown_layers(len(first.model.taps), first.config.student_layers, options.layers)
     width, height = max(5.0, 0.55 * len(said) + 1.2), 0.24 * len(layers) + 1.0
-    across = 1 if len(said) > 9 else len(places)  # else one below the other
+    across = 1 if len(said) > 9 else len(places)  # long responses one below the other
     down = -(-len(places) // across)
     size = (width * across, height * down + 0.3)
     figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for opened, axis in zip(places, axes.flat):
         cells = lens_cells(opened, rollout)
         shades = [[p for _, p in cells[layer - 1]] for layer in layers]
-        image = axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", origin="lower")
-        image.set_extent((-0.5, len(said) - 0.5, -0.5, len(layers) - 0.5))
+        axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", origin="lower")
         for y, layer in enumerate(layers):
-            for x, (word, _) in enumerate(cells[layer - 1]):
+            for x, (index, _) in enumerate(cells[layer - 1]):
+                word = opened.token(index)
                 short = word if len(word) < 9 else word[:7] + "…"
                 axis.text(x, y, short, ha="center", va="center", fontsize=7, parse_math=False)
-                if word == cells[-1][x][0]:
+                if index == cells[-1][x][0]:
                     axis.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, edgecolor="tab:orange"))
         marks = {layer: " student" for layer in opened.config.student_layers} | {layers[-1]: " final"}
         axis.set_yticks(range(len(layers)), [f"{layer}{marks.get(layer, '')}" for layer in layers], fontsize=8)
@@ -241,12 +262,15 @@ def attention(places: list[Opened], options) -> None:
     """What the response's tokens look at among the words of the prompt, mean over heads and tokens."""
     opened = places[0]
     model = opened.model
-    rollout = opened.sample(options.problem + 1)[options.problem]
+    _, rollout = opened.one(options.problem, options.tokens)
     words, owners = split_words([opened.token(index) for index in rollout.prompt_ids])
     rows = {}
     for _, batch, _ in look(opened, [rollout]):
         for layer in (*opened.config.student_layers, len(model.taps)):
-            seen = model.attention_seen(model.taps[layer - 1])[batch.predicted - 1].mean((0, 1))  # (T,)
+            queries = batch.predicted - 1
+            keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (N, T)
+            scores = oisd.attention_scores(model.taps[layer - 1], queries, keys, keys <= queries[:, None])
+            seen = scores.softmax(-1).mean((0, 1))  # (T,)
             by_word = torch.zeros(len(words)).index_add_(0, torch.tensor(owners), seen[: len(owners)].float().cpu())
             rows[f"layer {layer}"] = by_word.tolist()
     figure, axis = plt.subplots(figsize=(max(6, 0.33 * len(words) + 1.5), 2.4), layout="constrained")
@@ -376,9 +400,10 @@ def responses(runs: list[str], options) -> None:
     found = []
     for files in stored:
         lines = [json.loads(line) for line in files[common[-1]].read_text(encoding="utf-8").splitlines()]
-        found.append(
-            [line for line in lines if line["row"] == sorted({line["row"] for line in lines})[options.problem]]
-        )
+        asked = sorted({line["row"] for line in lines})
+        if options.problem >= len(asked):
+            raise UserError(f"--problem {options.problem}: that step has {len(asked)} problems, counted from 0")
+        found.append([line for line in lines if line["row"] == asked[options.problem]])
     if len({group[0]["prompt"] for group in found}) > 1:
         raise UserError("the runs were asked other problems at that step: their seeds or data differ")
     columns = []
@@ -408,10 +433,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png)")
     parser.add_argument("--problem", type=int, default=0, help="which problem, from 0 (table, attention, responses)")
     parser.add_argument("--problems", type=int, default=128, help="how many (layers, agreement; default: 128)")
-    parser.add_argument("--tokens", type=int, default=16, help="of the response (table; default: 16)")
+    parser.add_argument("--tokens", type=int, default=16, help="of the response (table, attention; default: 16)")
     parser.add_argument("--layers", type=int, default=16, help="rows, about (table; default: 16)")
     parser.add_argument("--answers", type=int, default=3, help="of each run (responses; default: 3)")
     options, rest = parser.parse_known_args(words)
+    if options.kind in logs and rest:
+        parser.error(f"{options.kind} reads what the runs have written, and takes no {rest[0]}")
     options.output = options.output or Path(f"lens-{options.kind}.png")
     try:
         if options.kind in kinds:
@@ -420,7 +447,7 @@ def main(words: list[str] | None = None) -> int:
             agreement(options.places, options, rest)
         else:
             logs[options.kind](options.places, options)
-    except (UserError, FileNotFoundError, IndexError) as problem:
+    except (UserError, FileNotFoundError) as problem:
         print(f"lens: error: {problem}", file=sys.stderr)
         return 2
     return 0

@@ -39,7 +39,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dbe0 
 h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 .wide { overflow-x: auto } .muted { color: #66717a; font-size: .85rem }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .25rem .6rem; text-align: left }
-tr + tr { border-top: 1px solid #e4e8eb } td.n { font-variant-numeric: tabular-nums; white-space: nowrap }
+tr + tr { border-top: 1px solid #e4e8eb } td.n { font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem }
 .grid svg { width: 100%; height: auto }
 .rollout { border-left: 4px solid #c9d0d5; margin: .5rem 0; padding: .1rem .6rem }
@@ -81,7 +81,9 @@ class Report:
         text = (self.folder / "config.toml").read_text(encoding="utf-8")
         self.commit = text.partition("\n")[0].rpartition(" ")[2]
         ((self.table, self.settings),) = tomllib.loads(text).items()
-        self.metrics = lens.read_metrics(self.folder)
+        self.metrics = [row for row in lens.read_metrics(self.folder) if row]  # the last may be cut off
+        if not self.metrics:
+            raise UserError(f"{self.folder} has not finished a step yet")
         scores = self.folder / "held_out.json"
         self.scores = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
 
@@ -187,20 +189,23 @@ def rollouts(runs: list[Report], problems: int, answers: int) -> str:
 def lens_tables(runs: list[Report], count: int, most: int) -> str:
     page = []
     for run in runs:
-        opened = lens.open_place(str(run.folder), [])
-        layers = lens.shown_layers(len(opened.model.taps), opened.config.student_layers, 16)
         page.append(f"<h3>{run.name}</h3>")
+        try:
+            opened = lens.open_place(str(run.folder), [])
+        except UserError as problem:  # no weights yet, or the model has gone: the rest of the page stands
+            page.append(f"<p>{escape(problem)}</p>")
+            continue
+        layers = lens.shown_layers(len(opened.model.taps), opened.config.student_layers, 16)
         for problem, rollout in zip(opened.problems, opened.sample(count)):
             rollout.response_ids = rollout.response_ids[:most]
-            rollout.sampler_logprobs = rollout.sampler_logprobs[:most]
             cells = lens.lens_cells(opened, rollout)
             said = [opened.token(index) for index in rollout.response_ids]
             rows = [rows_of(["said", *map(escape, said)], True)]
             for layer in reversed(layers):
                 marks = {name: "student" for name in opened.config.student_layers} | {len(cells): "final"}
                 row = f"<th>{layer} {marks.get(layer, '')}</th>"
-                for place, (word, p) in enumerate(cells[layer - 1]):
-                    same = ' class="same"' if word == cells[-1][place][0] else ""
+                for place, (index, p) in enumerate(cells[layer - 1]):
+                    same, word = ' class="same"' if index == cells[-1][place][0] else "", opened.token(index)
                     shade = f"rgba(31,111,180,{0.7 * p:.2f})"
                     row += f'<td{same} style="background:{shade}" title="{p:.3f}">{escape(word)}</td>'
                 rows.append(f"<tr>{row}</tr>")
@@ -239,6 +244,7 @@ def main(words: list[str] | None = None) -> int:
     except (UserError, FileNotFoundError) as problem:
         print(f"report: error: {problem}", file=sys.stderr)
         return 2
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     plumbing.write_atomically(options.output, page)
     print(options.output)
     return 0
