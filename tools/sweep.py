@@ -1,7 +1,7 @@
 """Rows x seeds x settings, each an ordinary run; what they left as two CSV files; and what follows from those.
 
     python tools/sweep.py results/laptop.toml --jobs 2     what is not there yet, two runs at a time
-    python tools/sweep.py results/laptop.toml --report     tables and curves, from the CSV files alone
+    python tools/sweep.py results/laptop.toml --report     tables, curves: of the CSV files and what is there since
 
 A spec:
 
@@ -359,7 +359,8 @@ def print_table(header, rows):
 
 
 def report(path):
-    spec, _ = read_spec(path)
+    spec, every = read_spec(path)
+    write_csv(path, every)  # a sweep may be under way
     runs = sorted(read_csv(path, "runs"), key=lambda line: line["seed"])
     if not runs:
         raise UserError(f"{csv_path(path, 'runs')} has no runs yet: leave --report out")
