@@ -143,7 +143,7 @@ def curves(runs: list[Report]) -> str:
         axis.grid(alpha=0.3)
         text = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-            figure.savefig(text, format="svg", metadata={"Date": None})
+            figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         plt.close(figure)
         pictures.append("<div>" + text.getvalue()[text.getvalue().index("<svg") :] + "</div>")
     return f'<div class="grid">{"".join(pictures)}</div>'
