@@ -31,11 +31,11 @@ def test_sampling_depends_on_the_sequences_seed_alone(toy):
 
 def test_sequences_that_have_ended_leave_the_batch(toy, monkeypatch):
     """No draw changes; the log-probs do by rounding, and the model sees fewer rows."""
-    _, config = oisd.load_config(toy_arguments(toy, "unused"))
+    _, config = oisd.load_config(toy_arguments(toy, "unused", max_response_tokens=40))
     model, _ = oisd.load_model(config)
     ends = list(range(0, model.config.vocab_size, 7))
     prompts = [[1 + i % 5] * (2 + i % 4) for i in range(12)]
-    sampler = laptop.HfSampler(model, ends, 1.0, 40, 12, False, torch.device("cpu"))
+    sampler = laptop.HfSampler(model, ends, config, torch.device("cpu"))
     seen, found = [], []
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.logits)))
     for segment in (3, 1000):
