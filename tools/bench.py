@@ -36,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,7 +321,8 @@ def sampler_side(ours):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=6)).to(device_of()).eval()
         drawn, ends = random.Random(0), list(range(0, 8192, 32))
         prompts = [[1 + 32 * drawn.randrange(200) for _ in range(drawn.randrange(4, 41))] for _ in range(64)]
-        sampler = laptop.HfSampler(model, ends, 1.0, 96, 32, False, device_of())
+        settings = {"temperature": 1.0, "max_response_tokens": 96, "sampler_batch": 32, "dtype": "float32"}
+        sampler = laptop.HfSampler(model, ends, types.SimpleNamespace(**settings), device_of())
 
         def work_ours():
             return {"tokens": sum(len(sample[1]) for sample in sampler.stream(prompts, list(range(64))))}
