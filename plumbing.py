@@ -546,6 +546,12 @@ def read_line(line: str) -> dict:
         return {}
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The whole lines of a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(read_line, lines) if row]
+
+
 CURVES = {
     "reward": ("reward",),
     "JS to the final layer: what to think": ("think_js", "think_js_positive", "think_js_negative"),
@@ -559,8 +565,7 @@ CURVES = {
 def draw_curves(folder: Path) -> None:
     """`curves.png` from `metrics.jsonl`: the paper's Figures 5 and 6b. A failure is said, never raised."""
     try:
-        rows = [read_line(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        draw(rows, folder / "curves.png")
+        draw(read_metrics(folder), folder / "curves.png")
     except Exception as problem:  # a picture never ends a run
         say(f"curves.png was not drawn: {type(problem).__name__}: {problem}")
 

@@ -174,7 +174,7 @@ def test_layers_are_measured_as_the_losses_measure_them(runs):
         assert [r.response_ids for r in opened.sample(5)] == [r.response_ids for r in rollouts]
     with lens.early_exit(opened.model, 1):
         logits = opened.model.model(torch.tensor([rollouts[0].prompt_ids])).logits
-    ((_, _, hidden),) = lens.look(opened, rollouts[:1])
+    ((_, hidden),) = lens.look(opened, rollouts[:1])
     torch.testing.assert_close(opened.model.lens(hidden[0, 0]), logits[0, -1], rtol=1e-4, atol=1e-4)
 
 

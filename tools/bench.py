@@ -36,7 +36,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,7 +321,7 @@ def sampler_side(ours):
         drawn, ends = random.Random(0), list(range(0, 8192, 32))
         prompts = [[1 + 32 * drawn.randrange(200) for _ in range(drawn.randrange(4, 41))] for _ in range(64)]
         settings = {"temperature": 1.0, "max_response_tokens": 96, "sampler_batch": 32, "dtype": "float32"}
-        sampler = laptop.HfSampler(model, ends, types.SimpleNamespace(**settings), device_of())
+        sampler = laptop.HfSampler(model, ends, SimpleNamespace(**settings), device_of())
 
         def work_ours():
             return {"tokens": sum(len(sample[1]) for sample in sampler.stream(prompts, list(range(64))))}

@@ -58,9 +58,9 @@ class Opened:
     end_ids: list[int]
     problems: list
 
-    def sample(self, count: int, copies: int = 1) -> list[oisd.Rollout]:
-        """`copies` responses to each of the first `count` problems, in order; the same draws for every model."""
-        prompts = [p.prompt_ids for p in self.problems[:count] for _ in range(copies)]
+    def sample(self, count: int) -> list[oisd.Rollout]:
+        """A response to each of the first `count` problems, in order; the same draws for every model."""
+        prompts = [problem.prompt_ids for problem in self.problems[:count]]
         seeds = [derive_seed(self.config.seed, "lens", index) for index in range(len(prompts))]
         sampler = laptop.HfSampler(self.model.model, self.end_ids, self.config, self.model.head.device)
         return [oisd.Rollout(prompts[s[0]], *s[1:]) for s in sorted(sampler.stream(prompts, seeds))]
@@ -130,16 +130,13 @@ def open_place(place: str, words: list[str]) -> Opened:
 
 @torch.no_grad()
 def look(opened: Opened, rollouts: list[oisd.Rollout]):
-    """For each micro-batch, its indices, the batch, and hidden states (layers, N, D) of what predicts the responses.
-
-    The taps of all layers are filled.
-    """
+    """For each micro-batch, it and the hidden states (layers, N, D) of what predicts the responses; all taps filled."""
     model, config = opened.model, opened.config
     for part in oisd.micro_batches(rollouts, config.max_tokens_per_gpu):
         batch = oisd.pack([rollouts[i] for i in part], config, model.head.device)
         with model.recording(*model.taps, packed=True):
             model.decode(model.model.get_decoder(), batch)
-        yield part, batch, torch.stack([tap.hidden[0, batch.predicted - 1] for tap in model.taps])
+        yield batch, torch.stack([tap.hidden[0, batch.predicted - 1] for tap in model.taps])
         model.clear_taps()
 
 
@@ -153,7 +150,7 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[st
     model, config = opened.model, opened.config
     layers = len(model.taps)
     totals, tokens, steps = torch.zeros(4, layers, dtype=torch.float64), 0, 0
-    for _, batch, hidden in look(opened, rollouts):
+    for batch, hidden in look(opened, rollouts):
         for rows in hidden.split(config.lens_chunk_tokens, dim=1):
             final = model.lens(rows[-1]) / config.distill_temperature
             for layer in range(layers):
@@ -208,7 +205,7 @@ def save(figure, path: Path) -> None:
 @torch.no_grad()
 def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, float]]]:
     """By layer, by response token: the token that the lens ranks first, and its probability."""
-    ((_, _, hidden),) = look(opened, [rollout])
+    ((_, hidden),) = look(opened, [rollout])
     cells = []
     for states in hidden:
         best = (opened.model.lens(states) / opened.config.temperature).softmax(-1).max(-1)
@@ -265,7 +262,7 @@ def attention(places: list[Opened], options) -> None:
     _, rollout = opened.one(options.problem, options.tokens)
     words, owners = split_words([opened.token(index) for index in rollout.prompt_ids])
     rows = {}
-    for _, batch, _ in look(opened, [rollout]):
+    for batch, _ in look(opened, [rollout]):
         for layer in (*opened.config.student_layers, len(model.taps)):
             queries = batch.predicted - 1
             keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (N, T)
@@ -371,15 +368,11 @@ def scores(runs: list[str], options) -> None:
     save(figure, options.output)
 
 
-def read_metrics(run: str) -> list[dict]:
-    return [plumbing.read_line(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def norms(runs: list[str], options) -> None:
     names = ("grad_norm_policy", "grad_norm_think", "grad_norm_attention")
     figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.6), layout="constrained", squeeze=False)
     for run, axis in zip(runs, axes[0]):
-        rows = read_metrics(run)
+        rows = plumbing.read_metrics(Path(run))
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name)]
             axis.plot(*zip(*points), marker=".", label=name[10:]) if points else None

@@ -81,7 +81,7 @@ class Report:
         text = (self.folder / "config.toml").read_text(encoding="utf-8")
         self.commit = text.partition("\n")[0].rpartition(" ")[2]
         ((self.table, self.settings),) = tomllib.loads(text).items()
-        self.metrics = [row for row in lens.read_metrics(self.folder) if row]  # the last may be cut off
+        self.metrics = plumbing.read_metrics(self.folder)
         if not self.metrics:
             raise UserError(f"{self.folder} has not finished a step yet")
         scores = self.folder / "held_out.json"

@@ -27,6 +27,7 @@ import csv
 import dataclasses
 import fcntl
 import importlib
+import io
 import itertools
 import json
 import os
@@ -45,6 +46,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
+import plumbing
 from settings import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +103,7 @@ class Planned:
         """Go on from where it stands. -> whether it is finished."""
         if self.finished:
             return True
-        if any(self.folder.glob("checkpoints/step_" + "[0-9]" * 6)):
+        if plumbing.checkpoints(self.folder):
             words = [self.words[0], "--resume", str(self.folder)]
         else:
             if self.folder.exists():
@@ -220,7 +222,7 @@ def smoothed(values):
 
 def summarise(run):
     """A finished run -> its line of each CSV file: one, and one per step."""
-    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = plumbing.read_metrics(run.folder)
     commit = (run.folder / "config.toml").read_text().partition("\n")[0].rpartition(" ")[2]
     key = {"setting": run.setting, "row": run.row, "seed": run.seed}
     line = key | {"commit": commit, "settings": " ".join(run.words)}
@@ -265,14 +267,13 @@ def write_csv(path, runs):
             stale.discard(run.key)
     for name, table in tables.items():
         lines = [line for key, lines in table.items() if key not in stale for line in lines]
-        temporary = csv_path(path, name).with_suffix(".part")
-        with temporary.open("w", newline="") as file:
-            columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            for line in lines:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
-        temporary.replace(csv_path(path, name))
+        text = io.StringIO()
+        columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+        plumbing.write_atomically(csv_path(path, name), text.getvalue())
 
 
 def csv_path(path, name):
