@@ -125,6 +125,17 @@ def test_a_spec_that_cannot_be_meant_is_refused_in_a_line(text, said, tmp_path, 
     assert re.search(said, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("path", sorted((sweep.ROOT / "results").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_run_of_the_study_is_one_that_the_program_takes(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    spec, runs = sweep.read_spec(path)
+    commands = [" ".join(run.words) for run in runs]
+    assert len(set(commands)) == len(commands) and spec["baseline"] in {run.row for run in runs}
+    for run in runs:
+        if run.seed == 0:
+            run.check()
+
+
 def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
     (tmp_path / "spec.toml").write_text("seeds = 1\n" + CALLED)
