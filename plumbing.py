@@ -338,12 +338,16 @@ def abandon(folder: Path, step: int) -> None:
 
 
 def commit() -> str:
-    """The checkout's commit, with + where files differ from it; `unknown` outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    """The checkout's commit, with + where its programs or tables differ from it; `unknown` outside a checkout."""
+    changes = ["status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head, changed = (
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], changes)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head + "+" * bool(changed)
 
 
 def stop(run: Run, reason: str, save: bool) -> bool:

@@ -377,7 +377,9 @@ def report(path):
     )
     print("reward over all steps. Steps to 1/2 and 9/10 of the run's own gain in reward. Divergences and entropies in")
     print("nats, at the first step, farthest from that, and at the last.")
-    for setting in dict.fromkeys(line["setting"] for line in runs):
+    for setting in spec.get("settings", {"": {}}):
+        if not any(name == setting for name, _ in by_row):
+            continue
         baseline, outcomes, mechanisms = by_row.get((setting, spec["baseline"])), [], []
         for row in spec["rows"]:
             if lines := by_row.get((setting, row)):
@@ -409,7 +411,7 @@ def draw(path, spec):
     import matplotlib.pyplot as plt
 
     lines = read_csv(path, "steps")
-    settings = list(dict.fromkeys(line["setting"] for line in lines))
+    settings = [name for name in spec.get("settings", {"": {}}) if any(line["setting"] == name for line in lines)]
     seeds = {}
     for line in lines:
         seeds.setdefault(line["setting"], {}).setdefault(line["row"], set()).add(line["seed"])
