@@ -100,6 +100,13 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     sweep.report(spec)
     said = capsys.readouterr().out
     assert "### short" in said and "### long" in said and (tmp_path / "study.png").stat().st_size > 10_000
+    for name in ("study.runs.csv", "study.steps.csv"):
+        (other.parent / name).write_bytes((tmp_path / name).read_bytes())
+    sweep.report(other)  # of runs that are not the spec's: none is deleted, none is taken for one of them
+    said = capsys.readouterr()
+    assert "Left out: 1 runs" in said.out and "### long" not in said.out and "### short" in said.out
+    assert "long-oisd-0 has num_steps = 2" in said.err
+    assert (other.parent / "study.runs.csv").read_bytes() == (tmp_path / "study.runs.csv").read_bytes()
 
 
 CALLED = 'baseline = "a"\n[rows.a]\nconfig = "configs.toml:tiny"\n'

@@ -24,6 +24,7 @@ import statistics
 import sys
 import textwrap
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from sweep import t_interval
+
 import laptop
 import oisd
 import plumbing
@@ -51,6 +55,7 @@ DPI = 110
 
 @dataclass
 class Opened:
+    place: str
     name: str
     config: oisd.Config
     tokenizer: object
@@ -125,7 +130,7 @@ def open_place(place: str, words: list[str]) -> Opened:
         state = {"model": sharded_state.get_model_state_dict(model, options=options)}
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)  # into the model's own tensors
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(name, config, tokenizer, model, end_ids, problems)
+    return Opened(place, name, config, tokenizer, model, end_ids, problems)
 
 
 @torch.no_grad()
@@ -213,9 +218,9 @@ def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, fl
     return cells
 
 
-def table(places: list[Opened], options) -> None:
+def table(places: Iterable[Opened], options) -> None:
     """Rows: layers, the last on top. Colour: probability. Framed: what the last layer ranks first too."""
-    first = places[0]
+    first, *_ = places = list(places)
     problem, rollout = first.one(options.problem, options.tokens)
     if len({(len(opened.tokenizer), len(opened.model.taps)) for opened in places}) > 1:
         raise UserError("the places differ in vocabulary or layers: draw a table of each")
@@ -240,7 +245,8 @@ def table(places: list[Opened], options) -> None:
         marks = {layer: " student" for layer in opened.config.student_layers} | {layers[-1]: " final"}
         axis.set_yticks(range(len(layers)), [f"{layer}{marks.get(layer, '')}" for layer in layers], fontsize=8)
         axis.set_xticks(range(len(said)), said, fontsize=8, parse_math=False)
-        axis.set_xlabel("the response, as it was sampled", fontsize=8)
+        whose = f"a response of {first.name}" if len(places) > 1 else "the response"
+        axis.set_xlabel(whose, fontsize=8, parse_math=False)
         axis.set_title(opened.name, fontsize=9, parse_math=False)
     question = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
     lines = " / ".join(line.strip() for line in question if line.strip())[-60:]
@@ -255,9 +261,9 @@ def shown_layers(count: int, students: list[int], most: int) -> list[int]:
 
 
 @torch.no_grad()
-def attention(places: list[Opened], options) -> None:
+def attention(places: Iterable[Opened], options) -> None:
     """What the response's tokens look at among the words of the prompt, mean over heads and tokens."""
-    opened = places[0]
+    (opened,) = places
     model = opened.model
     _, rollout = opened.one(options.problem, options.tokens)
     words, owners = split_words([opened.token(index) for index in rollout.prompt_ids])
@@ -291,15 +297,19 @@ def split_words(tokens: list[str]) -> tuple[list[str], list[int]]:
     return words, owners
 
 
-def layers(places: list[Opened], options) -> None:
-    """`measure_layers` of each place on rollouts of its own, and the score of an early exit: a CSV file, a picture."""
+def layers(places: Iterable[Opened], options) -> None:
+    """`measure_layers` of each place on rollouts of its own, and the score of an early exit: a CSV file, a picture.
+
+    If the last two names have as many places each: also the last less the other, paired in order, with 95 % intervals.
+    """
     rows = []
     with Grader(workers=2) as grader:
         for opened in places:
             found = measure_layers(opened, opened.sample(options.problems))
             for row in found:
                 score, error = exit_score(opened, grader, row["layer"], options.problems)
-                rows.append({"place": opened.name, **row, "exit_score": score, "exit_error": error})
+                names = {"name": opened.name, "place": opened.place}
+                rows.append({**names, **row, "exit_score": score, "exit_error": error})
             print(f"{opened.name}: {len(found)} layers", flush=True)
     path = options.output.with_suffix(".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,19 +326,24 @@ def layers(places: list[Opened], options) -> None:
     }
     figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3.2), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items()):
-        for place in dict.fromkeys(opened.name for opened in places):
-            by_layer: dict[int, list[float]] = {}
-            for row in rows:
-                if row["place"] == place:
-                    by_layer.setdefault(row["layer"], []).append(row[name])
+        columns: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            columns.setdefault(row["name"], {}).setdefault(row["layer"], []).append(row[name])
+        for label, by_layer in columns.items():
             means = [statistics.fmean(values) for values in by_layer.values()]
             bands = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in by_layer.values()]
-            axis.plot(list(by_layer), means, marker=".", label=place)
+            axis.plot(list(by_layer), means, marker=".", label=label)
             edges = [[mean + sign * band for mean, band in zip(means, bands)] for sign in (-1, 1)]
             axis.fill_between(list(by_layer), *edges, alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
+        *_, (one, base), (two, other) = (("", {}), *columns.items())
+        for layer in base.keys() & other.keys():
+            gains = [mine - its for its, mine in zip(base[layer], other[layer])]
+            if len(gains) > 1 and len(base[layer]) == len(other[layer]):
+                gain = f"{statistics.fmean(gains):+.4f} ± {t_interval(gains):.4f}"
+                print(f"{name}, layer {layer}: {two} less {one} {gain}")
     axes[0].legend(fontsize=7)
     save(figure, options.output)
 
@@ -432,10 +447,12 @@ def main(words: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(words)
     if options.kind in logs and rest:
         parser.error(f"{options.kind} reads what the runs have written, and takes no {rest[0]}")
+    if options.kind == "attention" and len(options.places) > 1:
+        parser.error("attention draws one place at a time")
     options.output = options.output or Path(f"lens-{options.kind}.png")
     try:
         if options.kind in kinds:
-            kinds[options.kind]([open_place(place, rest) for place in options.places], options)
+            kinds[options.kind]((open_place(place, rest) for place in options.places), options)
         elif options.kind == "agreement":
             agreement(options.places, options, rest)
         else:

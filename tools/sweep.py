@@ -198,7 +198,7 @@ def run_all(path, jobs, only, launcher):
             for count, (run, finished) in enumerate(zip(runs, done), start=1):
                 verdict = "" if finished else f" is NOT FINISHED, see {run.folder}.log"
                 print(f"{count} of {len(runs)}: {run.folder.name}{verdict}", flush=True)
-                write_csv(path, every)
+                write_csv(path, [run])
         except KeyboardInterrupt:
             raise UserError(f"stopped; {path} goes on where it was") from None
         finally:
@@ -243,7 +243,7 @@ def summarise(run):
     for name in list(CURVES)[1:]:
         values = column(name) or [None]
         line |= {f"{name}_first": values[0], f"{name}_last": values[-1]}
-        line[f"{name}_peak"] = max(values, key=lambda value: abs(value - values[0])) if values != [None] else None
+        line[f"{name}_peak"] = max(values) if values != [None] else None
     # The sign rule: while most answers of a group are wrong, the think loss pushes the layers apart.
     line["half_right_at"] = first_at(rewards, 0.5)
     line["think_js_largest_at"] = 1 + smooth.index(max(smooth)) if (smooth := smoothed(column("think_js"))) else None
@@ -253,20 +253,22 @@ def summarise(run):
 
 
 def write_csv(path, runs):
-    """Lines of the runs on the disk; of others, those that were there, unless the spec now says otherwise."""
+    """Lines of those runs that are finished; all others stay as they are in the files."""
     tables = {"runs": {}, "steps": {}}
     for name, table in tables.items():
         for line in read_csv(path, name):
-            table.setdefault((line["setting"], line["row"], str(line["seed"])), []).append(line)
-    commands = {run.key: " ".join(run.words) for run in runs}
-    stale = {key for key, (line, *_) in tables["runs"].items() if line["settings"] != commands.get(key)}
+            table.setdefault(key_of(line), []).append(line)
     for run in runs:
         if run.finished:
+            try:
+                run.check()
+            except UserError as problem:
+                print(f"left out: {problem}", file=sys.stderr)
+                continue
             line, steps = summarise(run)
             tables["runs"][run.key], tables["steps"][run.key] = [line], steps
-            stale.discard(run.key)
     for name, table in tables.items():
-        lines = [line for key, lines in table.items() if key not in stale for line in lines]
+        lines = list(itertools.chain.from_iterable(table.values()))
         text = io.StringIO()
         columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -274,6 +276,10 @@ def write_csv(path, runs):
         for line in lines:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
         plumbing.write_atomically(csv_path(path, name), text.getvalue())
+
+
+def key_of(line):
+    return line["setting"], line["row"], str(line["seed"])
 
 
 def csv_path(path, name):
@@ -362,9 +368,13 @@ def print_table(header, rows):
 def report(path):
     spec, every = read_spec(path)
     write_csv(path, every)  # a sweep may be under way
-    runs = sorted(read_csv(path, "runs"), key=lambda line: line["seed"])
+    commands, found = {run.key: " ".join(run.words) for run in every}, read_csv(path, "runs")
+    runs = [line for line in found if line["settings"] == commands.get(key_of(line))]
+    runs.sort(key=lambda line: line["seed"])
+    if len(runs) < len(found):
+        print(f"Left out: {len(found) - len(runs)} runs of {csv_path(path, 'runs')} are not as the spec has them.\n")
     if not runs:
-        raise UserError(f"{csv_path(path, 'runs')} has no runs yet: leave --report out")
+        raise UserError(f"{csv_path(path, 'runs')} has no runs of this spec yet: leave --report out")
     by_row = {}
     for line in runs:
         by_row.setdefault((line["setting"], line["row"]), []).append(line)
@@ -375,8 +385,8 @@ def report(path):
     print(
         "paired by seed, ± half the 95 % interval by Student's t, in brackets that by bootstrap over seeds. Area: mean"
     )
-    print("reward over all steps. Steps to 1/2 and 9/10 of the run's own gain in reward. Divergences and entropies in")
-    print("nats, at the first step, farthest from that, and at the last.")
+    print("reward over all steps; differences in % of the baseline's. Steps to 1/2 and 9/10 of the run's own gain in")
+    print("reward. Divergences and entropies in nats: at the first step, the largest, at the last.")
     for setting in spec.get("settings", {"": {}}):
         if not any(name == setting for name, _ in by_row):
             continue
@@ -399,18 +409,18 @@ def report(path):
         print_table(header.split(", "), outcomes)
         header = "row, think JS, attention JS, entropy, student entropy, half right at, think JS largest at, moved %"
         print_table(header.split(", "), mechanisms)
-    draw(path, spec)
+    draw(path, spec, {key_of(line) for line in runs})
     return 0
 
 
-def draw(path, spec):
+def draw(path, spec, keys):
     """`<spec>.png`: a column per setting, of the rows with the most seeds; a band of one standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_csv(path, "steps")
+    lines = [line for line in read_csv(path, "steps") if key_of(line) in keys]
     settings = [name for name in spec.get("settings", {"": {}}) if any(line["setting"] == name for line in lines)]
     seeds = {}
     for line in lines:
@@ -425,7 +435,8 @@ def draw(path, spec):
         sharex="col",
     )
     looks = itertools.product(("-", "--"), plt.get_cmap("tab10").colors)
-    style = {row: {"linestyle": line, "color": colour} for row, (line, colour) in zip(spec["rows"], looks)}
+    styles = zip(spec["rows"], itertools.cycle(looks))
+    style = {row: {"linestyle": line, "color": colour} for row, (line, colour) in styles}
     for setting, column in zip(settings, axes.T):
         for row in spec["rows"]:
             chosen = [line for line in lines if (line["setting"], line["row"]) == (setting, row)]
@@ -437,6 +448,8 @@ def draw(path, spec):
                 for line in chosen:
                     if line[name] is not None:
                         values.setdefault(line["step"], []).append(line[name])
+                if not values:
+                    continue
                 steps, samples = zip(*sorted(values.items()))
                 means = np.array([statistics.fmean(sample) for sample in samples])
                 band = np.array([statistics.stdev(sample) if len(sample) > 1 else 0.0 for sample in samples])
