@@ -18,7 +18,7 @@ A spec:
 
 A sweep that was cut off goes on: finished runs stay, one that has a checkpoint resumes, another starts anew. Runs lie
 in runs/<spec>/<setting>-<row>-<seed>, their output beside them as .log. The CSV files, beside the spec, have a line per
-run and a line per step; they keep the lines of runs that are no longer on the disk.
+run and a line per step; they keep the lines of runs that are no longer on the disk, which --missing does not repeat.
 """
 
 import argparse
@@ -179,11 +179,13 @@ def read_spec(path):
     return spec, sorted(runs, key=lambda run: run.seed)
 
 
-def run_all(path, jobs, only, launcher):
+def run_all(path, jobs, only, missing, launcher):
     spec, every = read_spec(path)
+    known = {key_of(line): line["settings"] for line in read_csv(path, "runs")} if missing else {}
     if unknown := set(only) - {name for run in every for name in (run.setting, run.row)}:
         raise UserError(f"--only: neither a row nor a setting of {path}: {', '.join(sorted(unknown))}")
     runs = [run for run in every if not only or {run.setting, run.row} & set(only)]
+    runs = [run for run in runs if known.get(run.key) != " ".join(run.words)]
     if launcher == [sys.executable]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     (RUNS / path.stem).mkdir(parents=True, exist_ok=True)
@@ -469,6 +471,7 @@ def main(words=None):
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
     parser.add_argument("--only", default="", metavar="NAME,...", help="runs of any of these rows or settings")
+    parser.add_argument("--missing", action="store_true", help="only runs that the CSV file has no line of")
     parser.add_argument("--launcher", help='in place of python; on several GPUs "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw curves; run nothing")
     options = parser.parse_args(words)
@@ -480,7 +483,7 @@ def main(words=None):
             return report(options.spec)
         only = [name for name in options.only.split(",") if name]
         launcher = shlex.split(options.launcher) if options.launcher else [sys.executable]
-        return run_all(options.spec, options.jobs, only, launcher)
+        return run_all(options.spec, options.jobs, only, options.missing, launcher)
     except UserError as problem:
         print(f"sweep: error: {problem}", file=sys.stderr)
         return 2
