@@ -2,10 +2,13 @@
 
 import contextlib
 import csv
+import dataclasses
 import html.parser
 import json
 import re
+import shutil
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import oisd
 from settings import UserError
-from tools import lens, report, sweep
+from tools import grids, lens, report, sweep
 
 PYTHON = [sys.executable]
 
@@ -107,6 +110,10 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     assert "Left out: 1 runs" in said.out and "### long" not in said.out and "### short" in said.out
     assert "long-oisd-0 has num_steps = 2" in said.err
     assert (other.parent / "study.runs.csv").read_bytes() == (tmp_path / "study.runs.csv").read_bytes()
+    shutil.rmtree(tmp_path / "runs")  # another machine, which has the CSV files alone
+    assert sweep.run_all(spec, 1, [], PYTHON, missing=True) == 0 and len(launched) == 5
+    assert sweep.run_all(other, 1, [], PYTHON, missing=True) == 0 and launched[5:] == ["long-oisd-0"]
+    assert len(sweep.read_csv(spec, "runs")) == len(sweep.read_csv(other, "runs")) == 5
 
 
 CALLED = 'baseline = "a"\n[rows.a]\nconfig = "configs.toml:tiny"\n'
@@ -275,3 +282,51 @@ def test_a_report_is_one_page_that_needs_nothing(runs, tmp_path):
     differing = page.text.partition("Settings that differ")[2].partition("all settings")[0]
     assert "attention_weight" in differing and "learning_rate" not in differing
     assert report.main([str(tmp_path)]) == 2
+
+
+# ----------------------------------------------------- Grids ---------------------------------------------------------
+
+
+def test_images_are_the_grids_own_numbers():
+    weights = torch.randn(400, 250, generator=torch.Generator().manual_seed(0))
+    for grid, spacing in (("bfloat16", 2**-7), ("float16", 2**-10), ("stochastic", 2**-7)):
+        found = grids.image(weights, grid, torch.Generator().manual_seed(1))
+        dtype = torch.float16 if grid == "float16" else torch.bfloat16
+        assert torch.equal(found, found.to(dtype).float()), grid
+        least = -14 if grid == "float16" else -126  # of normal numbers; below it neighbours are equally far apart
+        exponent = (torch.frexp(weights).exponent - 1).clamp(min=least)
+        steps = (found - weights).double() / (spacing * torch.exp2(exponent.double()))  # between neighbours: 1
+        assert steps.abs().max() <= (1 if grid == "stochastic" else 0.5 + 1e-3), grid
+        if grid == "stochastic":  # a step of 1 up with odds f, of which the mean is f: sd of the mean below 0.5 / 316
+            assert abs(steps.mean()) < 4 * 0.5 / 316
+            assert torch.equal(grids.image(found, grid, torch.Generator()), found)  # what is on the grid stays
+
+
+@pytest.mark.parametrize("grid", ["bfloat16", "stochastic"])
+def test_updates_are_of_float32_weights_however_coarse_the_grid(grid, toy, tmp_path, monkeypatch):
+    """What is read lies on the grid; what is updated is what the same gradients would have made without a grid."""
+    seen = []
+
+    def watch(run, rollouts):
+        grids.set_advantages(run, rollouts)
+        if run.state["step"] == 0:
+            weights = next(p for p in run.model.parameters() if p.ndim > 1)
+            run.optimizer.register_step_pre_hook(lambda *_: seen.append((weights.clone(), weights.grad.clone())))
+            run.optimizer.register_step_post_hook(lambda *_: seen.append((weights.clone(), None)))
+
+    method = dataclasses.replace(grids.GRID, set_advantages=watch)
+    assert oisd.main(toy_arguments(toy, tmp_path / "run", num_steps=3, weight_grid=grid), method) == 0
+    shadow = torch.nn.Parameter(seen[0][0].clone())
+    lr = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["tiny"]["learning_rate"]
+    optimizer = torch.optim.AdamW([shadow], lr=lr, weight_decay=0.01)
+    for (before, gradient), (after, _) in zip(seen[::2], seen[1::2]):
+        assert torch.equal(before, shadow.data)  # the masters, brought back
+        shadow.grad = gradient
+        optimizer.step()
+        assert torch.equal(after, after.bfloat16().float()) and not torch.equal(after, shadow.data)
+
+
+def test_what_grids_cannot_do_is_said_in_a_line(toy, tmp_path, capsys):
+    for dtype, grid, said in ("bfloat16", "float16", "rounded once more"), ("float32", "int8", "weight_grid"):
+        assert oisd.main(toy_arguments(toy, tmp_path / "run", dtype=dtype, weight_grid=grid), grids.GRID) == 2
+        assert said in capsys.readouterr().err

@@ -179,7 +179,7 @@ def read_spec(path):
     return spec, sorted(runs, key=lambda run: run.seed)
 
 
-def run_all(path, jobs, only, missing, launcher):
+def run_all(path, jobs, only, launcher, missing=False):
     spec, every = read_spec(path)
     known = {key_of(line): line["settings"] for line in read_csv(path, "runs")} if missing else {}
     if unknown := set(only) - {name for run in every for name in (run.setting, run.row)}:
@@ -483,7 +483,7 @@ def main(words=None):
             return report(options.spec)
         only = [name for name in options.only.split(",") if name]
         launcher = shlex.split(options.launcher) if options.launcher else [sys.executable]
-        return run_all(options.spec, options.jobs, only, options.missing, launcher)
+        return run_all(options.spec, options.jobs, only, launcher, options.missing)
     except UserError as problem:
         print(f"sweep: error: {problem}", file=sys.stderr)
         return 2
