@@ -77,6 +77,8 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     monkeypatch.setattr(sweep, "call", call)
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    assert sweep.run_all(spec, 1, ["long-oisd-0"], PYTHON) == 0 and launched.pop() == "long-oisd-0"
+    shutil.rmtree(tmp_path / "runs")
     assert sweep.run_all(spec, 1, ["oisd"], PYTHON) == 0
     assert launched == ["short-oisd-0", "long-oisd-0", "short-oisd-1"]
     assert sweep.run_all(spec, 2, [], PYTHON) == 0 and sorted(launched[3:]) == ["short-grpo-0", "short-grpo-1"]

@@ -82,6 +82,11 @@ class Planned:
         return self.setting, self.row, str(self.seed)
 
     @property
+    def names(self) -> set[str]:
+        """By which --only knows it."""
+        return {self.setting, self.row, self.folder.name}
+
+    @property
     def finished(self) -> bool:
         return (self.folder / "final").exists()
 
@@ -182,9 +187,9 @@ def read_spec(path):
 def run_all(path, jobs, only, launcher, missing=False):
     spec, every = read_spec(path)
     known = {key_of(line): line["settings"] for line in read_csv(path, "runs")} if missing else {}
-    if unknown := set(only) - {name for run in every for name in (run.setting, run.row)}:
-        raise UserError(f"--only: neither a row nor a setting of {path}: {', '.join(sorted(unknown))}")
-    runs = [run for run in every if not only or {run.setting, run.row} & set(only)]
+    if unknown := set(only) - {name for run in every for name in run.names}:
+        raise UserError(f"--only: neither a row, a setting nor a run of {path}: {', '.join(sorted(unknown))}")
+    runs = [run for run in every if not only or run.names & set(only)]
     runs = [run for run in runs if known.get(run.key) != " ".join(run.words)]
     if launcher == [sys.executable]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -471,7 +476,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="runs of any of these rows or settings")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="these rows, settings or runs (weak-grpo-0)")
     parser.add_argument("--missing", action="store_true", help="only runs that the CSV file has no line of")
     parser.add_argument("--launcher", help='in place of python; on several GPUs "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw curves; run nothing")
