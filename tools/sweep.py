@@ -468,7 +468,7 @@ def draw(path, spec, keys):
         column[0].set_title(f"{setting}: {CURVES[names[0]]}", fontsize="medium")
         column[-1].set_xlabel("step")
     drawn = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=max(3, len(settings)), fontsize="small")
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3 * len(settings), fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=80)
 
 
