@@ -117,6 +117,7 @@ class Config:
 
     program: ClassVar[str] = "oisd.py"
     table: ClassVar[str] = "tiny"  # of configs.toml, where no other is named
+    resumable: ClassVar[bool] = True  # from a checkpoint
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # the field that bounds the longest prompt of any pass
 
     # Model and problems

@@ -351,21 +351,22 @@ def commit() -> str:
 
 
 def stop(run: Run, reason: str, save: bool) -> bool:
-    """An orderly stop before the end: write a checkpoint where the weights are whole, and say how to continue.
+    """An orderly stop before the end: write a checkpoint where that is of use, and say how to continue.
 
     -> False if it could not be written.
     """
     saved = True
     try:
-        if save and run.state["step"]:
+        if save and run.state["step"] and run.config.resumable:
             save_checkpoint(run)
     except TrainingError as problem:
         reason, saved = f"{reason}; {problem}", False
     newest = checkpoints(run.folder)[-1:]
     kept = f"{newest[0].name} is whole" if newest else "no checkpoint yet"
     again = f"{'python' if world() == 1 else 'accelerate launch'} {run.config.program} --resume {run.folder}"
+    again = f"continue by: {again}" if run.config.resumable else "it can only be started anew"
     if rank() == 0:
-        print(f"\noisd: {reason}; {kept}; continue by: {again}", file=sys.stderr)
+        print(f"\noisd: {reason}; {kept}; {again}", file=sys.stderr)
     return saved
 
 

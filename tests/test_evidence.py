@@ -37,6 +37,7 @@ def runs(toy, tmp_path_factory):
 SPEC = """
 seeds = 2
 baseline = "grpo"
+baseline_setting = "short"
 [settings.short]
 num_steps = 1
 [settings.long]
@@ -104,7 +105,8 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     capsys.readouterr()
     sweep.report(spec)
     said = capsys.readouterr().out
-    assert "### short" in said and "### long" in said and (tmp_path / "study.png").stat().st_size > 10_000
+    assert all(part in said for part in ("### short", "### long", "| oisd | long | 1 |"))
+    assert (tmp_path / "study.png").stat().st_size > 10_000
     for name in ("study.runs.csv", "study.steps.csv"):
         (other.parent / name).write_bytes((tmp_path / name).read_bytes())
     sweep.report(other)  # of runs that are not the spec's: none is deleted, none is taken for one of them
@@ -128,6 +130,7 @@ CALLED = 'baseline = "a"\n[rows.a]\nconfig = "configs.toml:tiny"\n'
         ("seeds = 1\n[rows.a]", "a baseline, as in"),
         (CALLED, "row a lacks its table"),
         ("seeds = 2\n" + CALLED + 'settings = ["x"]', "missing: x"),
+        ('seeds = 2\nbaseline_setting = "x"\n' + CALLED, "missing: x"),
         ("seeds = ", "spec.toml: Invalid value"),
         ("seeds = 1\n" + CALLED + "think_wight = 1", "there is no field|unrecognized arguments: --think_wight"),
         ("seeds = 1\n" + CALLED + "num_steps = 0\n[settings.a]\nseeds = 0", "lacks its table"),
@@ -161,6 +164,30 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, monkey
     with sweep.locked(folder / "lock"), pytest.raises(UserError, match="held by another process"):
         sweep.run_all(tmp_path / "spec.toml", 1, [], PYTHON)
     assert (folder / "metrics.jsonl").read_text() == "kept"
+
+
+def test_a_run_of_another_program_is_not_taken_for_the_specs(runs, tmp_path, monkeypatch):
+    """Between oisd.py and tools/grids.py, whose one field more has a default; and what cannot resume starts anew."""
+    (settings,) = tomllib.loads((runs[0] / "config.toml").read_text()).values()
+    words = [f"--{name}={value}" for name, value in settings.items() if not isinstance(value, bool)]
+    words += [f"--{name}={str(value).lower()}" for name, value in settings.items() if isinstance(value, bool)]
+    shutil.copytree(runs[0], tmp_path / "run")
+    made = sweep.Planned("", "", 0, ["oisd.py", *words], tmp_path / "run")
+    made.check()
+    grid = dataclasses.replace(made, words=["tools/grids.py", *words])
+    with pytest.raises(UserError, match="another program than tools/grids"):
+        grid.check()
+    with (tmp_path / "run" / "config.toml").open("a") as file:
+        file.write('weight_grid = "bfloat16"\n')
+    grid.check()
+    with pytest.raises(UserError, match="another program than oisd"):
+        made.check()
+    launched = []
+    monkeypatch.setattr(sweep, "call", lambda words, log: launched.append(words))
+    shutil.rmtree(tmp_path / "run" / "final")
+    made.launch(PYTHON)
+    grid.launch(PYTHON)
+    assert "--resume" in launched[0] and "--resume" not in launched[1] and not (tmp_path / "run").exists()
 
 
 def test_statistics_of_a_sweep():
@@ -299,9 +326,11 @@ def test_images_are_the_grids_own_numbers():
         exponent = (torch.frexp(weights).exponent - 1).clamp(min=least)
         steps = (found - weights).double() / (spacing * torch.exp2(exponent.double()))  # between neighbours: 1
         assert steps.abs().max() <= (1 if grid == "stochastic" else 0.5 + 1e-3), grid
-        if grid == "stochastic":  # a step of 1 up with odds f, of which the mean is f: sd of the mean below 0.5 / 316
-            assert abs(steps.mean()) < 4 * 0.5 / 316
-            assert torch.equal(grids.image(found, grid, torch.Generator()), found)  # what is on the grid stays
+    assert torch.equal(grids.image(found, grid, torch.Generator()), found)  # what is on the grid stays
+    for sign in (1, -1):  # between 1 and its neighbour: to it as often as the weight is near
+        quarter = torch.full((100_000,), sign * (1 + 0.25 * 2**-7))
+        up = grids.image(quarter, "stochastic", torch.Generator().manual_seed(2)) == sign * (1 + 2**-7)
+        assert up.float().mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 100_000) ** 0.5)
 
 
 @pytest.mark.parametrize("grid", ["bfloat16", "stochastic"])
@@ -329,6 +358,10 @@ def test_updates_are_of_float32_weights_however_coarse_the_grid(grid, toy, tmp_p
 
 
 def test_what_grids_cannot_do_is_said_in_a_line(toy, tmp_path, capsys):
-    for dtype, grid, said in ("bfloat16", "float16", "rounded once more"), ("float32", "int8", "weight_grid"):
-        assert oisd.main(toy_arguments(toy, tmp_path / "run", dtype=dtype, weight_grid=grid), grids.GRID) == 2
+    for fields, said in (
+        ({"dtype": "bfloat16", "weight_grid": "float16"}, "rounded once more"),
+        ({"weight_grid": "int8"}, "weight_grid"),
+        ({"lora_rank": 4}, "lora_rank = 4"),
+    ):
+        assert oisd.main(toy_arguments(toy, tmp_path / "run", **fields), grids.GRID) == 2
         assert said in capsys.readouterr().err

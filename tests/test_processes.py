@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_vllm import run_probe
 
 import oisd
+from tools import grids
 
 TWO_RANKS = """
 import json, sys, oisd
@@ -77,6 +78,19 @@ def assert_same_run(one, other):
 def test_two_ranks_are_one(one_and_two, name):
     """Rollouts, every loss, the gradient norm and the weights after four steps of two updates each."""
     assert_same_run(one_and_two / f"1 {name}", one_and_two / f"2 {name}")
+
+
+def test_a_grid_holds_the_shards_too(toy, tmp_path):
+    """tools/grids.py by two ranks: all weights on the grid, and but for sums that round otherwise those of one."""
+    words = {name: toy_arguments(toy, tmp_path / name, num_steps=2) for name in ("one", "two")}
+    process = launch(ROOT / "tools" / "grids.py", *words["two"])
+    assert oisd.main(words["one"], grids.GRID) == 0
+    shown = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, shown
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in words)
+    for name, weights in two.items():
+        assert torch.equal(weights, weights.bfloat16().float()), name
+        assert (weights == one[name]).float().mean() > 0.99, name
 
 
 GROUP_OF_ONE = """

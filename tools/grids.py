@@ -5,13 +5,16 @@
 
 The optimizer updates float32 weights, as ever. After each update the model, and so the sampler, gets their image:
 
-    bfloat16     rounded to the nearest: with --dtype float32, what bfloat16 does to weights and nothing that it does to
-                 products, so that a difference to float32 is the grid's alone
+    bfloat16     rounded to the nearest: with --dtype float32, what sharded training in bfloat16 does to weights and
+                 nothing that it does to products, so that a difference to float32 is the grid's alone
     float16      the same on a grid that is eight times finer, and ends at 65504 above and at 6e-8 below
     stochastic   rounded to either neighbour in bfloat16, with the odds that make the mean right, drawn anew after each
                  update (arXiv 2010.06192); trainer and sampler read the same draw
 
-An experiment, not a way to train: `final/` holds the images, and a run that has ended cannot be resumed.
+All weights are held to it, norms and embeddings too, as FSDP2 does in bfloat16 (one process on a CPU reads those in
+float32). The start is taken as it is: published checkpoints lie on the bfloat16 grid. `moved_weights` counts images in
+bfloat16, and of `stochastic` the draw of the moment. An experiment, not a way to train: `final/` and checkpoints hold
+images, not the float32 weights, so a run cannot be resumed.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from settings import UserError, derive_seed
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
 class GridConfig(oisd.Config):
     program: ClassVar[str] = "tools/grids.py"
+    resumable: ClassVar[bool] = False
     weight_grid: Literal["bfloat16", "float16", "stochastic"] = "bfloat16"  # on which all computation finds the weights
 
     @classmethod
@@ -47,6 +51,8 @@ class GridConfig(oisd.Config):
         super().__post_init__()
         if self.resume:
             raise UserError("--resume: a checkpoint of tools/grids.py lacks the float32 weights, start anew")
+        if self.lora_rank:
+            raise UserError(f"lora_rank = {self.lora_rank}: adapters have no published grid to start from, set it to 0")
         if self.weight_grid == "float16" and self.dtype == "bfloat16":
             raise UserError("weight_grid = 'float16' would be rounded once more by dtype = 'bfloat16': take float32")
 
@@ -62,18 +68,21 @@ def image(weights: Tensor, grid: str, generator: torch.Generator) -> Tensor:
 
 def hold_to_grid(run: oisd.Run) -> None:
     """From here on the optimizer updates float32 weights of its own, and the model keeps their images."""
-    parameters = [p.data for p in itertools.chain(*(group["params"] for group in run.optimizer.param_groups))]
-    parameters = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    masters = [p.clone() for p in parameters]
-    updates = itertools.count()
+    parameters = list(itertools.chain(*(group["params"] for group in run.optimizer.param_groups)))
+
+    def local() -> list[Tensor]:
+        """This rank's shards; asked for anew each time, as FSDP2 may move them."""
+        return [p.data.to_local() if isinstance(p, DTensor) else p.data for p in parameters]
+
+    masters, updates = [weights.clone() for weights in local()], itertools.count()
 
     def bring_back(*_) -> None:
-        for weights, master in zip(parameters, masters):
+        for weights, master in zip(local(), masters):
             weights.copy_(master)
 
     def put_images(*_) -> None:
         update = next(updates)
-        for index, (weights, master) in enumerate(zip(parameters, masters)):
+        for index, (weights, master) in enumerate(zip(local(), masters)):
             master.copy_(weights)
             seed = derive_seed(run.config.seed, "grid", update, index, plumbing.rank())
             generator = torch.Generator(weights.device).manual_seed(seed)

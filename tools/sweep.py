@@ -7,6 +7,7 @@ A spec:
 
     seeds = 8                          # 0 to 7
     baseline = "grpo"                  # the row that the others are compared with, seed by seed
+    baseline_setting = "weak"          # if given: each row's settings are compared too, with this one
     prepare = ["laptop.py runs/start/weak --slip 0.63"]    # Python programs to run before all else, in this order
 
     [settings.weak]                    # what all rows share: fields of the config
@@ -90,15 +91,23 @@ class Planned:
     def finished(self) -> bool:
         return (self.folder / "final").exists()
 
-    def check(self) -> None:
-        """Of its command, and of the folder if there is one: is it the run that is meant? Raises: UserError."""
+    @property
+    def kind(self) -> type[oisd.Config]:
+        """The config of its program."""
         program = importlib.import_module(self.words[0].removesuffix(".py").replace("/", "."))
         own = [k for k in vars(program).values() if isinstance(k, type) and issubclass(k, oisd.Config)]
-        kind = max(own, key=lambda k: len(k.__mro__))  # a baseline's own config is a subclass
+        return max(own, key=lambda k: len(k.__mro__))  # a baseline's own is a subclass
+
+    def check(self) -> None:
+        """Of its command, and of the folder if there is one: is it the run that is meant? Raises: UserError."""
+        kind = self.kind
         _, config = oisd.load_config(self.words[1:], kind)
         made = self.folder / "config.toml"
         if made.exists():
             (found,) = tomllib.loads(made.read_text(encoding="utf-8")).values()
+            own, common = ({field.name for field in dataclasses.fields(k)} for k in (kind, oisd.Config))
+            if found.keys() - own or own - common - found.keys():
+                raise UserError(f"{self.folder} was made by another program than {kind.program}: move that run away")
             for name, value in dataclasses.asdict(config).items():
                 if name not in FREE and value != "auto" and found.get(name, getattr(kind, name)) != value:
                     other = found.get(name, getattr(kind, name))
@@ -108,7 +117,7 @@ class Planned:
         """Go on from where it stands. -> whether it is finished."""
         if self.finished:
             return True
-        if plumbing.checkpoints(self.folder):
+        if plumbing.checkpoints(self.folder) and self.kind.resumable:
             words = [self.words[0], "--resume", str(self.folder)]
         else:
             if self.folder.exists():
@@ -140,11 +149,12 @@ def stop(number, _frame):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Raises: UserError if another process holds it."""
+def locked(path, wait=False):
+    """Raises: UserError if another process holds it, unless it may wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path} is held by another process: wait for it") from None
         yield
@@ -159,12 +169,13 @@ def read_spec(path):
     settings, rows = spec.get("settings", {"": {}}), spec.get("rows", {})
     chosen = {row: own.get("settings", list(settings)) for row, own in rows.items()}
     allowed = {setting: shared.get("rows", list(rows)) for setting, shared in settings.items()}
-    unknown = spec.keys() - {"seeds", "baseline", "prepare", "settings", "rows"}
+    unknown = spec.keys() - {"seeds", "baseline", "baseline_setting", "prepare", "settings", "rows"}
     unknown |= {*itertools.chain(*chosen.values())} - settings.keys()
     unknown |= {
         spec.get("baseline", "a baseline, as in: baseline = 'grpo'"),
         *itertools.chain(*allowed.values()),
     } - rows.keys()
+    unknown |= {spec.get("baseline_setting", next(iter(settings)))} - settings.keys()
     if unknown:
         raise UserError(f"{path}: unknown or missing: {', '.join(sorted(unknown))}")
     runs = []
@@ -193,11 +204,10 @@ def run_all(path, jobs, only, launcher, missing=False):
     runs = [run for run in runs if known.get(run.key) != " ".join(run.words)]
     if launcher == [sys.executable]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    (RUNS / path.stem).mkdir(parents=True, exist_ok=True)
     with locked(RUNS / path.stem / "lock"), ThreadPoolExecutor(jobs) as pool:
         for run in runs:
             run.check()
-        for command in spec.get("prepare", []):
+        for command in spec.get("prepare", []) if not all(run.finished for run in runs) else []:
             if code := call([sys.executable, *shlex.split(command)]):
                 raise UserError(f"{path}: {command!r} of prepare ended with exit code {code}")
         done = pool.map(lambda run: run.launch(launcher), runs)
@@ -261,6 +271,11 @@ def summarise(run):
 
 def write_csv(path, runs):
     """Lines of those runs that are finished; all others stay as they are in the files."""
+    with locked(RUNS / path.stem / "csv.lock", wait=True):  # a report may be asked for while a sweep runs
+        _write_csv(path, runs)
+
+
+def _write_csv(path, runs):
     tables = {"runs": {}, "steps": {}}
     for name, table in tables.items():
         for line in read_csv(path, name):
@@ -416,6 +431,15 @@ def report(path):
         print_table(header.split(", "), outcomes)
         header = "row, think JS, attention JS, entropy, student entropy, half right at, think JS largest at, moved %"
         print_table(header.split(", "), mechanisms)
+    if "baseline_setting" in spec:
+        settings = []
+        for row in spec["rows"]:
+            baseline = by_row.get((spec["baseline_setting"], row))
+            for setting in spec["settings"]:
+                if baseline and (lines := by_row.get((setting, row))):
+                    settings.append([row, setting, len(lines), *differences(lines, baseline)])
+        print(f"\n### {spec['baseline_setting']} and other settings")
+        print_table("row, setting, seeds, after: points, area: %".split(", "), settings)
     draw(path, spec, {key_of(line) for line in runs})
     return 0
 
@@ -436,7 +460,7 @@ def draw(path, spec, keys):
     figure, axes = plt.subplots(
         len(names),
         len(settings),
-        figsize=(4.6 * len(settings), 2.5 * len(names)),
+        figsize=(max(9, 4.6 * len(settings)), 2.5 * len(names)),
         layout="constrained",
         squeeze=False,
         sharex="col",
@@ -468,7 +492,7 @@ def draw(path, spec, keys):
         column[0].set_title(f"{setting}: {CURVES[names[0]]}", fontsize="medium")
         column[-1].set_xlabel("step")
     drawn = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3 * len(settings), fontsize="small")
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=max(6, 3 * len(settings)), fontsize="small")
     figure.savefig(path.with_suffix(".png"), dpi=80)
 
 
@@ -476,10 +500,11 @@ def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="these rows, settings or runs (weak-grpo-0)")
+    only = "runs of any of these rows or settings, or by name, as in weak-grpo-0"
+    parser.add_argument("--only", default="", metavar="NAME,...", help=only)
     parser.add_argument("--missing", action="store_true", help="only runs that the CSV file has no line of")
     parser.add_argument("--launcher", help='in place of python; on several GPUs "accelerate launch"')
-    parser.add_argument("--report", action="store_true", help="print tables and draw curves; run nothing")
+    parser.add_argument("--report", action="store_true", help="print tables and draw all curves; run nothing")
     options = parser.parse_args(words)
     if options.jobs < 1:
         parser.error("--jobs is at least 1")
