@@ -37,10 +37,10 @@ def runs(toy, tmp_path_factory):
 SPEC = """
 seeds = 2
 baseline = "grpo"
-baseline_setting = "short"
 [settings.short]
 num_steps = 1
 [settings.long]
+baseline = "short"
 rows = ["oisd"]
 num_steps = 2
 seeds = 1
@@ -105,7 +105,7 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     capsys.readouterr()
     sweep.report(spec)
     said = capsys.readouterr().out
-    assert all(part in said for part in ("### short", "### long", "| oisd | long | 1 |"))
+    assert all(part in said for part in ("### short", "### long", "| oisd, long less short | 1 |"))
     assert (tmp_path / "study.png").stat().st_size > 10_000
     for name in ("study.runs.csv", "study.steps.csv"):
         (other.parent / name).write_bytes((tmp_path / name).read_bytes())
@@ -130,7 +130,7 @@ CALLED = 'baseline = "a"\n[rows.a]\nconfig = "configs.toml:tiny"\n'
         ("seeds = 1\n[rows.a]", "a baseline, as in"),
         (CALLED, "row a lacks its table"),
         ("seeds = 2\n" + CALLED + 'settings = ["x"]', "missing: x"),
-        ('seeds = 2\nbaseline_setting = "x"\n' + CALLED, "missing: x"),
+        ("seeds = 2\n" + CALLED + '[settings.a]\nbaseline = "x"', "missing: x"),
         ("seeds = ", "spec.toml: Invalid value"),
         ("seeds = 1\n" + CALLED + "think_wight = 1", "there is no field|unrecognized arguments: --think_wight"),
         ("seeds = 1\n" + CALLED + "num_steps = 0\n[settings.a]\nseeds = 0", "lacks its table"),

@@ -7,7 +7,6 @@ A spec:
 
     seeds = 8                          # 0 to 7
     baseline = "grpo"                  # the row that the others are compared with, seed by seed
-    baseline_setting = "weak"          # if given: each row's settings are compared too, with this one
     prepare = ["laptop.py runs/start/weak --slip 0.63"]    # Python programs to run before all else, in this order
 
     [settings.weak]                    # what all rows share: fields of the config
@@ -15,7 +14,8 @@ A spec:
 
     [rows.grpo]                        # fields of the config, and
     config = "configs.toml:tiny_grpo"  # its table; here or in a setting also `program` and `seeds`;
-                                       # of a setting, `rows`: which it is for; of a row, `settings`
+                                       # of a setting, `rows`: which it is for, and `baseline`: the setting with
+                                       # which these are compared as well; of a row, `settings`
 
 A sweep that was cut off goes on: finished runs stay, one that has a checkpoint resumes, another starts anew. Runs lie
 in runs/<spec>/<setting>-<row>-<seed>, their output beside them as .log. The CSV files, beside the spec, have a line per
@@ -61,7 +61,7 @@ CURVES = {
 }
 LOGGED = [*CURVES, "think_loss", "attention_loss", "grad_norm", "response_length"]
 LOGGED += ["sampler_logprob_gap", "moved_weights"]
-OWN = {"config", "program", "seeds", "rows", "settings"}
+OWN = {"config", "program", "seeds", "rows", "settings", "baseline"}
 FREE = set(oisd.FREE_ON_RESUME) - {"num_steps"}  # fields that a run may have otherwise and still be the one asked for
 
 
@@ -169,13 +169,13 @@ def read_spec(path):
     settings, rows = spec.get("settings", {"": {}}), spec.get("rows", {})
     chosen = {row: own.get("settings", list(settings)) for row, own in rows.items()}
     allowed = {setting: shared.get("rows", list(rows)) for setting, shared in settings.items()}
-    unknown = spec.keys() - {"seeds", "baseline", "baseline_setting", "prepare", "settings", "rows"}
+    unknown = spec.keys() - {"seeds", "baseline", "prepare", "settings", "rows"}
     unknown |= {*itertools.chain(*chosen.values())} - settings.keys()
     unknown |= {
         spec.get("baseline", "a baseline, as in: baseline = 'grpo'"),
         *itertools.chain(*allowed.values()),
     } - rows.keys()
-    unknown |= {spec.get("baseline_setting", next(iter(settings)))} - settings.keys()
+    unknown |= {shared["baseline"] for shared in settings.values() if "baseline" in shared} - settings.keys()
     if unknown:
         raise UserError(f"{path}: unknown or missing: {', '.join(sorted(unknown))}")
     runs = []
@@ -431,15 +431,14 @@ def report(path):
         print_table(header.split(", "), outcomes)
         header = "row, think JS, attention JS, entropy, student entropy, half right at, think JS largest at, moved %"
         print_table(header.split(", "), mechanisms)
-    if "baseline_setting" in spec:
-        settings = []
-        for row in spec["rows"]:
-            baseline = by_row.get((spec["baseline_setting"], row))
-            for setting in spec["settings"]:
-                if baseline and (lines := by_row.get((setting, row))):
-                    settings.append([row, setting, len(lines), *differences(lines, baseline)])
-        print(f"\n### {spec['baseline_setting']} and other settings")
-        print_table("row, setting, seeds, after: points, area: %".split(", "), settings)
+    between = []
+    for (setting, row), lines in by_row.items():
+        if other := spec.get("settings", {}).get(setting, {}).get("baseline"):
+            found = differences(lines, by_row.get((other, row)))
+            between.append([f"{row}, {setting} less {other}", len(lines), *found])
+    if between:
+        print("\n### Settings")
+        print_table("row, seeds, after: points, area: %".split(", "), between)
     draw(path, spec, {key_of(line) for line in runs})
     return 0
 
