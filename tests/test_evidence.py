@@ -107,6 +107,11 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     said = capsys.readouterr().out
     assert all(part in said for part in ("### short", "### long", "| oisd, long less short | 1 |"))
     assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert sweep.main([str(spec), "--report", "--baseline", "oisd"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| grpo | 2", "| oisd | 2"))]
+    assert [bool(line.split("|")[6].strip()) for line in lines] == [True, False]  # the other way round
+    assert sweep.main([str(spec), "--report", "--baseline", "none"]) == 2
+    assert "has no such row" in capsys.readouterr().err
     for name in ("study.runs.csv", "study.steps.csv"):
         (other.parent / name).write_bytes((tmp_path / name).read_bytes())
     sweep.report(other)  # of runs that are not the spec's: none is deleted, none is taken for one of them

@@ -387,8 +387,11 @@ def print_table(header, rows):
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def report(path):
+def report(path, baseline=""):
     spec, every = read_spec(path)
+    spec["baseline"] = baseline or spec["baseline"]
+    if spec["baseline"] not in spec["rows"]:
+        raise UserError(f"--baseline {baseline}: {path} has no such row")
     write_csv(path, every)  # a sweep may be under way
     commands, found = {run.key: " ".join(run.words) for run in every}, read_csv(path, "runs")
     runs = [line for line in found if line["settings"] == commands.get(key_of(line))]
@@ -504,13 +507,14 @@ def main(words=None):
     parser.add_argument("--missing", action="store_true", help="only runs that the CSV file has no line of")
     parser.add_argument("--launcher", help='in place of python; on several GPUs "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw all curves; run nothing")
+    parser.add_argument("--baseline", default="", metavar="ROW", help="report differences to it, not to the spec's")
     options = parser.parse_args(words)
     if options.jobs < 1:
         parser.error("--jobs is at least 1")
     signal.signal(signal.SIGTERM, stop)
     try:
         if options.report:
-            return report(options.spec)
+            return report(options.spec, options.baseline)
         only = [name for name in options.only.split(",") if name]
         launcher = shlex.split(options.launcher) if options.launcher else [sys.executable]
         return run_all(options.spec, options.jobs, only, launcher, options.missing)
