@@ -393,7 +393,8 @@ def norms(runs: list[str], options) -> None:
             axis.plot(*zip(*points), marker=".", label=name[10:]) if points else None
         if not axis.lines:
             raise UserError(f"{run} has no gradient norms of single losses: train with --gradient_norms_every 1")
-        axis.set(title=f"{run}: gradient norm of each weighted loss", xlabel="step", yscale="log")
+        axis.set(xlabel="step", ylabel="gradient norm of each weighted loss", yscale="log")
+        axis.set_title(run, fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     save(figure, options.output)
