@@ -202,6 +202,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """What types and ranges cannot say. Raises: UserError."""
+        if self.resume and not self.resumable:
+            raise UserError(f"--resume: the checkpoints of {self.program} lack what it needs to go on, start anew")
         if self.prompts_per_step % self.mini_batch_prompts:
             sizes = self.mini_batch_prompts, self.prompts_per_step
             raise UserError("mini_batch_prompts = {} must divide prompts_per_step = {}".format(*sizes))

@@ -467,12 +467,16 @@ def spread_weights(model: nn.Module, seed: int) -> None:
     say(f"spread_weights: {100 * spread / total:.0f} % of the matrices' weights were on the bfloat16 grid")
 
 
+def local(parameter: Tensor) -> Tensor:
+    """This rank's shard of it, all of it where nothing is sharded; without gradient, in the same memory."""
+    return parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data
+
+
 def bfloat16_images(model: nn.Module, most: int = 2**22) -> Tensor:
     """Some of the trained weights of this rank's shards, evenly spaced, as bfloat16 sees them; always the same ones."""
-    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stride = -(-sum(parameter.numel() for parameter in trained) // most)
-    local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained)
-    return torch.cat([shard.flatten()[::stride].bfloat16() for shard in local])
+    return torch.cat([local(parameter).flatten()[::stride].bfloat16() for parameter in trained])
 
 
 def moved_weights(run: Run) -> float:

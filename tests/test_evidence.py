@@ -339,7 +339,7 @@ def test_images_are_the_grids_own_numbers():
 
 
 @pytest.mark.parametrize("grid", ["bfloat16", "stochastic"])
-def test_updates_are_of_float32_weights_however_coarse_the_grid(grid, toy, tmp_path, monkeypatch):
+def test_updates_are_of_float32_weights_however_coarse_the_grid(grid, toy, tmp_path):
     """What is read lies on the grid; what is updated is what the same gradients would have made without a grid."""
     seen = []
 
@@ -370,3 +370,6 @@ def test_what_grids_cannot_do_is_said_in_a_line(toy, tmp_path, capsys):
     ):
         assert oisd.main(toy_arguments(toy, tmp_path / "run", **fields), grids.GRID) == 2
         assert said in capsys.readouterr().err
+    assert oisd.main(toy_arguments(toy, tmp_path / "run", num_steps=1), grids.GRID) == 0
+    assert oisd.main(["--resume", str(tmp_path / "run"), "--num_steps", "2"], grids.GRID) == 2
+    assert "--resume: the checkpoints of tools/grids.py" in capsys.readouterr().err

@@ -29,7 +29,6 @@ from typing import Any, ClassVar, Literal
 import pydantic
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
@@ -49,8 +48,6 @@ class GridConfig(oisd.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resume:
-            raise UserError("--resume: a checkpoint of tools/grids.py lacks the float32 weights, start anew")
         if self.lora_rank:
             raise UserError(f"lora_rank = {self.lora_rank}: adapters have no published grid to start from, set it to 0")
         if self.weight_grid == "float16" and self.dtype == "bfloat16":
@@ -69,20 +66,17 @@ def image(weights: Tensor, grid: str, generator: torch.Generator) -> Tensor:
 def hold_to_grid(run: oisd.Run) -> None:
     """From here on the optimizer updates float32 weights of its own, and the model keeps their images."""
     parameters = list(itertools.chain(*(group["params"] for group in run.optimizer.param_groups)))
-
-    def local() -> list[Tensor]:
-        """This rank's shards; asked for anew each time, as FSDP2 may move them."""
-        return [p.data.to_local() if isinstance(p, DTensor) else p.data for p in parameters]
-
-    masters, updates = [weights.clone() for weights in local()], itertools.count()
+    masters = [plumbing.local(parameter).clone() for parameter in parameters]
+    updates = itertools.count()
 
     def bring_back(*_) -> None:
-        for weights, master in zip(local(), masters):
-            weights.copy_(master)
+        for parameter, master in zip(parameters, masters):
+            plumbing.local(parameter).copy_(master)
 
     def put_images(*_) -> None:
         update = next(updates)
-        for index, (weights, master) in enumerate(zip(local(), masters)):
+        for index, (parameter, master) in enumerate(zip(parameters, masters)):
+            weights = plumbing.local(parameter)  # asked for anew each time, as FSDP2 may move it
             master.copy_(weights)
             seed = derive_seed(run.config.seed, "grid", update, index, plumbing.rank())
             generator = torch.Generator(weights.device).manual_seed(seed)

@@ -280,7 +280,7 @@ def moved_weights(run):
     import torch
 
     import oisd
-    from plumbing import TrainingError
+    from plumbing import TrainingError, local
 
     def gap():
         run.sampler.sync(run.model.model) if synced else None
@@ -293,9 +293,9 @@ def moved_weights(run):
     @torch.no_grad()
     def move():
         for parameter in run.model.parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if local.numel():
-                local.add_(0.05 * local.std(correction=0) * torch.randn_like(local))
+            shard = local(parameter)
+            if shard.numel():
+                shard.add_(0.05 * shard.std(correction=0) * torch.randn_like(shard))
 
     if run.config.sampler != "vllm":
         yield "moved weights arrive", None, "the hf sampler uses the trainer's own"

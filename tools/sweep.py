@@ -272,32 +272,28 @@ def summarise(run):
 def write_csv(path, runs):
     """Lines of those runs that are finished; all others stay as they are in the files."""
     with locked(RUNS / path.stem / "csv.lock", wait=True):  # a report may be asked for while a sweep runs
-        _write_csv(path, runs)
-
-
-def _write_csv(path, runs):
-    tables = {"runs": {}, "steps": {}}
-    for name, table in tables.items():
-        for line in read_csv(path, name):
-            table.setdefault(key_of(line), []).append(line)
-    for run in runs:
-        if run.finished:
-            try:
-                run.check()
-            except UserError as problem:
-                print(f"left out: {problem}", file=sys.stderr)
-                continue
-            line, steps = summarise(run)
-            tables["runs"][run.key], tables["steps"][run.key] = [line], steps
-    for name, table in tables.items():
-        lines = list(itertools.chain.from_iterable(table.values()))
-        text = io.StringIO()
-        columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
-        plumbing.write_atomically(csv_path(path, name), text.getvalue())
+        tables = {"runs": {}, "steps": {}}
+        for name, table in tables.items():
+            for line in read_csv(path, name):
+                table.setdefault(key_of(line), []).append(line)
+        for run in runs:
+            if run.finished:
+                try:
+                    run.check()
+                except UserError as problem:
+                    print(f"left out: {problem}", file=sys.stderr)
+                    continue
+                line, steps = summarise(run)
+                tables["runs"][run.key], tables["steps"][run.key] = [line], steps
+        for name, table in tables.items():
+            lines = list(itertools.chain.from_iterable(table.values()))
+            text = io.StringIO()
+            columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))  # old lines may lack some
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            for line in lines:
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+            plumbing.write_atomically(csv_path(path, name), text.getvalue())
 
 
 def key_of(line):
@@ -502,8 +498,8 @@ def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processors (default: 1)")
-    only = "runs of any of these rows or settings, or by name, as in weak-grpo-0"
-    parser.add_argument("--only", default="", metavar="NAME,...", help=only)
+    names = "runs of any of these rows or settings, or by name, as in weak-grpo-0"
+    parser.add_argument("--only", default="", metavar="NAME,...", help=names)
     parser.add_argument("--missing", action="store_true", help="only runs that the CSV file has no line of")
     parser.add_argument("--launcher", help='in place of python; on several GPUs "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw all curves; run nothing")
