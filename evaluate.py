@@ -389,7 +389,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Config, argparse.Namespace]:
     # A score over only the prompts that fit would mean nothing: all are taken, `evaluate` finds the longest.
     given = {"vllm_memory": 0.9} | given  # nothing else needs the GPU
     room = {"max_prompt_tokens": 2**50, "max_tokens_per_gpu": 2**60, "student_layer": 1}
-    return Config(**given, **room, gradient_checkpointing=False), options
+    return Config(**given, **room, recompute_layers=0), options
 
 
 def evaluate(config: Config, options: argparse.Namespace, grader: Grader) -> None:

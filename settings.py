@@ -18,7 +18,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 
@@ -103,7 +103,9 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
         kind.check_table({key: value for key, (value, _) in merged.items()})
     for key, (_, origin) in merged.items():
         if key not in fields:
-            raise UserError(f"{origin}: there is no field {key!r}{nearest(key, fields)}; see --help")
+            renamed = getattr(kind, "renamed", {}).get(key)
+            hint = f"; it is now {renamed}" if renamed else nearest(key, fields)
+            raise UserError(f"{origin}: there is no field {key!r}{hint}; see --help")
     return table, {key: checked(kind, key, value, origin) for key, (value, origin) in merged.items()}
 
 
@@ -153,5 +155,7 @@ def derive_seed(*parts: int | str) -> int:
 
 def type_name(kind: Any) -> str:
     """`int` of `Annotated[int, ...]`, `int | str` of a union of such."""
-    kind = getattr(kind, "__origin__", kind)
+    if isinstance(kind, str):  # a choice of a Literal
+        return kind
+    kind = kind.__origin__ if get_origin(kind) is Annotated else kind
     return " | ".join(map(type_name, get_args(kind))) if get_args(kind) else kind.__name__

@@ -9,10 +9,9 @@ those very tokens, and the student's next-token distributions are drawn to their
 
     L = 1/N sum_t JS( pi(. | x, y_<t) || sg pi(. | x, s, y_<t) )                        over the whole vocabulary
 
-Sampler, grader, optimizer, sharding and checkpoints are those of `oisd.py`, and so is the lens pass: here its student
-is the final layer, its teacher the final layer of the other prompt. What differs stands at the places that
-`oisd.Method` names. The teacher is the model as it is, where OPSD's paper keeps the initial one; `js_clip = 0.05` is
-the clip of OPSD's published code. In the log `think_js` is this JS.
+Sampler, grader, optimizer, sharding and checkpoints are those of `oisd.py`. What differs plugs in where `oisd.Method`
+says: student and teacher are the final layer on two prompts. The teacher is the model as it is, where OPSD's paper
+keeps the initial one; `js_clip = 0.05` is the clip of OPSD's published code. In the log `think_js` is this JS.
 """
 
 from __future__ import annotations
@@ -28,14 +27,17 @@ from typing import ClassVar, Literal
 
 import pydantic
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inputs
 import oisd
 import plumbing
 from inputs import Problem
-from oisd import AtLeastOne, Config, LensPass, NotNegative, PackedBatch, Rollout, TappedModel, Word, pack
+from oisd import AtLeastOne, Config, NotNegative, PackedBatch, Rollout, TappedModel, Word, pack
+from rows import log_ratios
 from settings import UserError
 
 TEMPLATE = """{question}
@@ -116,12 +118,24 @@ class SelfTeacher(TappedModel):
             teacher_hidden = self.hidden_states(seen)[seen.predicted - 1]
         hidden = self.hidden_states(batch)[batch.predicted - 1]  # (N, D)
         self.clear_taps()
-        # Advantages are 1, so L_think is plain JS; a policy without gradient adds nothing to the gradient.
-        token_loss, _, think, _, js, entropy, _ = LensPass.apply(
-            hidden.detach(), hidden[None], teacher_hidden, self.head, batch, self.config
-        )
-        sums = {"token_loss": token_loss, "step_loss": token_loss.new_zeros(())}
-        return sums | {"think_loss": think, "think_js": js.sum(), "entropy": entropy.sum()}
+        size = self.config.lens_chunk_tokens
+        chunks = zip(hidden.split(size), teacher_hidden.split(size))
+        rows = [checkpoint(self.taught_rows, *chunk, use_reentrant=False) for chunk in chunks]  # no logits are kept
+        js, entropy = (torch.cat(column) for column in zip(*rows))
+        loss = js.sum()  # advantages are 1, so L_think is plain JS
+        sums = {"token_loss": self.config.think_weight * loss, "step_loss": loss.new_zeros(())}
+        return sums | {"think_loss": loss.detach(), "think_js": loss.detach(), "entropy": entropy.sum()}
+
+    def taught_rows(self, hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """JS to the teacher, each term at most `js_clip`, and the student's entropy: (n, D) twice -> (n,) twice."""
+        tau, clip = self.config.distill_temperature, self.config.js_clip
+        logits = F.linear(hidden, self.head)  # (n, V)
+        student = oisd._log_softmax(logits, tau)
+        teacher = oisd._log_softmax(F.linear(teacher_hidden, self.head).detach(), tau)
+        ratio, teacher_ratio = log_ratios(student, teacher)
+        terms = (student.exp() * ratio + teacher.exp() * teacher_ratio) / 2
+        policy = oisd._log_softmax(logits.detach(), self.config.temperature)
+        return (terms.clamp(max=clip) if clip else terms).sum(-1), -(policy.exp() * policy).sum(-1)
 
 
 def set_advantages(run: oisd.Run, rollouts: Sequence[Rollout]) -> None:

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launch, read_metrics, toy_arguments
+from conftest import ROOT, assert_same_metrics, launch, read_metrics, toy_arguments
 from safetensors.torch import load_file
 
-import exploration
 import oisd
 from baselines import opsd, ppo
 from settings import UserError
@@ -186,15 +185,13 @@ BAD = [
     (opsd.OPSD, "tiny_rloo", {}, "advantage = 'rloo' is for oisd.py: launch that"),
     (opsd.OPSD, "tiny_opsd", {"policy_layer": 1, "policy_layer_steps": 1}, "policy_layer = 1: OPSD has no such thing"),
     (opsd.OPSD, "tiny_opsd", {"max_teacher_tokens": 2000}, "max_teacher_tokens + max_response_tokens = 20"),
-    (oisd.Method(), "tiny", {"student_layer": "2,2"}, "several such as '6,12', or 'auto'"),
     (ppo.PPO, "tiny_ppo", {"gae_lambda": 1.5}, "less than or equal to 1"),
     (oisd.Method(), "tiny_ppo", {}, "advantage = 'gae' is for baselines/ppo.py: launch that"),
     (oisd.Method(), "qwen3_4b_opsd", {}, "advantage = 'none' is for baselines/opsd.py: launch that"),
     (oisd.Method(), "tiny_bupo", {"policy_layer_steps": 0}, "set both or neither"),
     (oisd.Method(), "tiny_bupo", {"importance_cap": 2}, "set it to 0"),
     (oisd.Method(), "tiny_bupo", {"policy_layer": 3}, "has 3 layers"),
-    (oisd.Method(), "tiny", {"student_layer": "1,3"}, "has 3 layers"),
-    (oisd.Method(), "tiny", {"student_layer": "1;2"}, "student_layer = '1;2': it must be a layer"),
+    (oisd.Method(), "tiny", {"student_layer": "3"}, "has 3 layers"),
 ]
 
 
@@ -232,7 +229,7 @@ def test_exploration_signals_are_those_of_the_residual_stream(family):
     for name, parameter in model.named_parameters():  # so that the lens of a normed stream is another
         torch.nn.init.normal_(parameter) if "norm" in name else None
     tapped = oisd.TappedModel(model, CONFIG)
-    found = torch.stack(tapped(exploration.ffn_entropies, tapped, oisd.pack(rollouts, CONFIG)))
+    found = torch.stack(tapped(layers.ffn_entropies, tapped, oisd.pack(rollouts, CONFIG)))
     assert found.shape[0] == 8 and all(tap.hidden is None for tap in tapped.taps)
     column = 0
     for rollout in rollouts:
@@ -260,11 +257,11 @@ def test_exploration_signals_are_those_of_the_residual_stream(family):
 
 def test_the_last_positive_layer_below_the_teacher(tmp_path, capsys):
     before = [1.0, 1.0, 1.0, 1.0]
-    assert exploration.report(torch.tensor([*before, 1.5, 1.2, 0.9, 2.0]), tmp_path) == 2
+    assert layers.report(torch.tensor([*before, 1.5, 1.2, 0.9, 2.0]), tmp_path) == 2
     assert "student layer 2" in capsys.readouterr().out
     lines = (tmp_path / "layers.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith("1,1.0,1.5,0.5") and (tmp_path / "layers.png").stat().st_size > 5000
-    assert exploration.report(torch.tensor([*before, 0.5, 0.2, 0.9, 2.0]), tmp_path) == 0
+    assert layers.report(torch.tensor([*before, 0.5, 0.2, 0.9, 2.0]), tmp_path) == 0
     assert "no FFN below layer 4 raises the lens entropy" in capsys.readouterr().out
 
 
@@ -273,25 +270,7 @@ def test_parallel_layers_have_no_point_between(tmp_path):
 
     model = tapped("gpt_neox")
     with pytest.raises(UserError, match="side by side"):
-        model(exploration.ffn_entropies, model, oisd.pack(random_rollouts(1), CONFIG))
-
-
-def test_auto_is_measured_once_and_kept(toy, tmp_path, monkeypatch, capsys):
-    asked = []
-    report = exploration.report
-    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or 0 * report(*a))
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, student_layer="auto", num_steps=2)) == 2
-    assert "no FFN below the last layer raises" in capsys.readouterr().err and asked.pop()
-    # The rule's choice, or the first layer where it makes none: what is tested is what becomes of it.
-    monkeypatch.setattr(exploration, "report", lambda *a: asked.append(1) or report(*a) or 1)
-    assert oisd.main(toy_arguments(toy, run, student_layer="auto", num_steps=2)) == 0
-    chosen = tomllib.loads((run / "config.toml").read_text())["tiny"]["student_layer"]
-    assert asked == [1] and chosen in (1, 2) and (run / "layers.csv").exists()
-    expected = tmp_path / "expected"
-    assert oisd.main(toy_arguments(toy, expected, student_layer=chosen, num_steps=2)) == 0
-    assert read_metrics(run) == read_metrics(expected)
-    assert oisd.main(["--resume", str(run), "--num_steps", "3"]) == 0 and asked == [1]
+        model(layers.ffn_entropies, model, oisd.pack(random_rollouts(1), CONFIG))
 
 
 def test_layers_measured_alone_are_the_same_in_any_batches(toy, tmp_path):
@@ -361,7 +340,7 @@ SIZES = {  # of the toy's runs, instead of the tables'
     "rollouts_every": 1,
     "thinking": "false",
     "vllm_memory": 0.4,
-    "gradient_checkpointing": "false",
+    "recompute_layers": "0",
 }
 TABLES = [name for name in tomllib.loads((ROOT / "configs.toml").read_text()) if name != "paper"]
 
@@ -452,9 +431,7 @@ def test_two_ranks_and_a_resumed_run_are_one_run(row, toy, rows_by_two, tmp_path
     shutil.rmtree(parted / "checkpoints" / "step_000002")
     assert oisd.main(["--resume", str(parted)], method) == 0
     assert read_metrics(parted) == metrics
-    for one, two in itertools.zip_longest(metrics, read_metrics(rows_by_two / row)):
-        one.pop("sampler_logprob_gap"), two.pop("sampler_logprob_gap")
-        assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+    assert_same_metrics(metrics, read_metrics(rows_by_two / row))
     weights = [load_file(f / "final" / "model.safetensors") for f in (whole, parted, rows_by_two / row)]
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name])

@@ -48,6 +48,8 @@ BAD_INPUTS = [  # of the command line and the table
     (["--mini_batch_prompts", "5"], "must divide"),
     (["--max_tokens_per_gpu", "10"], "cannot hold one rollout"),
     (["--vllm_memory", "2"], "less than or equal to 1"),
+    (["--vllm_memory", "most"], "it must be a valid number"),
+    (["--recompute_layers", "-1"], "greater than or equal to 0"),
     (["--model", ""], "at least 1 character"),
     (["tiny"], "unrecognized arguments: tiny"),
     (["--config", "configs.toml:tyni"], "did you mean 'tiny'"),

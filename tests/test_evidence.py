@@ -221,7 +221,7 @@ def test_layers_are_measured_as_the_losses_measure_them(runs):
     rows = lens.measure_layers(opened, rollouts)
     with torch.no_grad():
         sums = opened.model(opened.model.losses, oisd.pack(rollouts, opened.config))
-    student = rows[opened.config.student_layers[0] - 1]
+    student = rows[opened.config.student_layer - 1]
     N, S = sum(len(r.response_ids) for r in rollouts), sum(oisd.sampled_steps(r, opened.config) for r in rollouts)
     assert student["think_js"] == pytest.approx(sums["think_js"].item() / N, rel=1e-4)
     assert student["entropy"] == pytest.approx(sums["student_entropy"].item() / N, rel=1e-4)
@@ -274,7 +274,6 @@ def test_what_a_picture_lacks_is_said_in_a_line(runs, toy, tmp_path, capsys):
         (["table", str(tmp_path / "nowhere")], "is no run: name the table"),
         (["table", str(runs[0]), "--problem", "99"], "has 7 problems"),
         (["responses", str(runs[0]), str(runs[1]), "--problem", "99"], "that step has"),
-        (["table", str(runs[0]), "--student_layer", "auto"], "name a layer"),
         (["table", str(runs[0]), "--student_layr", "1"], "unrecognized arguments: --student_layr"),
     ):
         assert lens.main(words) == 2, words

@@ -311,10 +311,10 @@ def test_scores_come_from_evaluation_mode(toy, tmp_path, monkeypatch):
 
 
 MAY_CHANGE = "num_steps checkpoint_every checkpoints_kept rollouts_every eval_every tracker grader_seconds "
-MAY_CHANGE += "grader_workers max_tokens_per_gpu lens_chunk_tokens gradient_checkpointing sampler_batch vllm_memory "
+MAY_CHANGE += "grader_workers max_tokens_per_gpu lens_chunk_tokens recompute_layers sampler_batch vllm_memory "
 MAY_CHANGE += "vllm_eager max_logprob_gap tensor_parallel cpu_offload gradient_norms_every"
 WORDS = {"sampler": "vllm", "advantage": "rloo", "lens_grad": "hidden", "dtype": "bfloat16", "attention": "eager"}
-WORDS |= {"tracker": "tensorboard", "advantage_sign": "positive"}
+WORDS |= {"tracker": "tensorboard", "advantage_sign": "positive", "vllm_memory": 0.5, "recompute_layers": 1}
 
 
 def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsys):

@@ -9,6 +9,7 @@ from conftest import ROOT
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 import oisd
+import plumbing
 from tools import bench, plan
 
 
@@ -33,7 +34,7 @@ def planned(shape):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is a measure with glibc's allocator only")
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "true"}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("changes", [{}, {"recompute_layers": "all"}, {"recompute_layers": "2"}], ids=str)
 def test_planned_memory_is_what_a_step_takes(shape, planned, changes):
     (measured,) = bench.measured(plan_words(shape, **changes), ranks=1)
     print(f"{changes}: planned {planned(**changes).training / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
@@ -54,9 +55,9 @@ def test_planned_parts_are_arithmetic(planned):
         layers = 4 * 1024 * (4 * (5 * 512 + 2 * 4 * 64 + 3 * 1536))
         assert layers < found.parts["activations, rest"] < 2.5 * layers
         assert found.parts["logits chunk"] == 2 * 4 * 8000 * 1024  # float32 logits of policy and student
-    # Three responses of 256 tokens and one of 128, 32 more of each the prompt. A quarter of the work is scoring, one
-    # the forward pass, two the backward pass; in training two products with the head forward and four backward.
-    dense = 2 * 4 / 3 * (3 * 4 * layer * 1024 + 6 * 8000 * 512 * (3 * 256 + 128))
+    # Three responses of 256 tokens and one of 128, 32 more of each the prompt. The layers: scoring, forward, twice that
+    # backward. The head: once in scoring, twice forward and four times backward in training.
+    dense = 2 * (4 * 4 * layer * 1024 + 7 * 8000 * 512 * (3 * 256 + 128))
     attention = 4.5 * 2 * 4 * 512 * (3 * 288**2 + 160**2)  # causal: 2 H d T^2 forward, 2.5 times that backward
     assert found.flops == pytest.approx((dense + attention) / 1024 * found.tokens, rel=0.02)
 
@@ -77,12 +78,13 @@ def test_the_plan_says_what_to_turn(shape, planned, capsys, monkeypatch):
     monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
     assert plan.main([*words, "--gpus", "2x2"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("card: yes; vLLM holds") == 4 and all(part in shown for part in found.parts)
-    config = dataclasses.replace(oisd.load_config(words)[1], gradient_checkpointing=True)
+    assert shown.count("card: yes; vllm_memory = 0.90 holds") == 4 and all(part in shown for part in found.parts)
+    config = dataclasses.replace(oisd.load_config(words)[1], recompute_layers="all", vllm_memory=0.4)
     for changes, message in (
         ({"training": 23e9, "parts": found.parts | {"activations, rest": 20e9}}, "a smaller max_tokens_per_gpu"),
         ({"training": 23e9, "parts": found.parts | {"logits chunk": 20e9}}, "a smaller lens_chunk_tokens"),
         ({"training": 23e9, "parts": found.parts | {"optimizer": 22e9}}, "more GPUs, lora_rank"),
+        ({"training": 10e9, "kept_layer": 5e9}, "recompute_layers = 2 instead of 4 fits"),
         ({"resident": 15e9}, "vllm_memory at most 0.31"),
         ({"vllm_least": 12e9}, "vllm_memory at least 0.50"),
     ):
@@ -115,3 +117,20 @@ def test_vllm_counts_what_it_takes_beyond_weights_and_cache(planned, shape):
     room = 24e9 - plan.RESERVE
     full = dataclasses.replace(found, training=room - plan.VLLM_SLEEPS / 2, resident=0)
     assert "training takes" in plan.verdicts(full, config)[24]  # a sleeping engine keeps some
+
+
+def test_layers_that_are_not_recomputed_are_planned(planned):
+    """What every second layer keeps is half of what all keep, and the card's room decides how many may."""
+    every, half, none = (planned(4, recompute_layers=count) for count in ("all", "2", "0"))
+    assert every.training < half.training < none.training and every.flops > half.flops > none.flops
+    assert every.kept_layer == pytest.approx((none.training - every.training) / 4, rel=1e-3) and none.kept_layer == 0
+    assert half.training == pytest.approx((every.training + none.training) / 2, rel=0.05)
+
+
+def test_auto_takes_what_the_plan_calls_the_most(planned, shape):
+    config = oisd.load_config(plan_words(shape, sampler="vllm"))[1]
+    found = dataclasses.replace(planned(4, sampler="vllm"), resident=10e9)
+    assert config.vllm_memory == "auto" and "vllm_memory = 0.52" in plan.verdicts(found, config)[24]
+    assert plumbing.largest_share(24e9, 24e9, 10e9) == 0.52  # (24 - 1.5 - 10) / 24
+    assert plumbing.largest_share(80e9, 80e9, 0) == 0.9 and plumbing.largest_share(24e9, 24e9, 23e9) == 0
+    assert plumbing.largest_share(12e9, 24e9, 4e9) == 0.27  # another process has half of the card

@@ -165,7 +165,7 @@ def step_ours(options, **weights):
 
     model, rollouts = stored_rollouts(options)
     config = replace(
-        oisd.Config(), student_layer=10, dtype=options.dtype, gradient_checkpointing=False, max_response_tokens=224,
+        oisd.Config(), student_layer=10, dtype=options.dtype, recompute_layers=0, max_response_tokens=224,
         max_prompt_tokens=32, max_tokens_per_gpu=4096, lens_chunk_tokens=options.chunk, **weights,
     )  # fmt: skip
     tapped = oisd.TappedModel(model, config).train()

@@ -189,7 +189,7 @@ def compare(tapped: oisd.TappedModel, plain: PreTrainedModel) -> dict[str, float
         positions = batch.position_ids[0, batch.queries]
         keys, valid = oisd.sample_attention_keys(positions, config.attention_window, config.attention_strided)
         keys = keys + (batch.queries - positions)[:, None]
-        for side, tap in enumerate((tapped.student_taps[0], tapped.taps[-1])):
+        for side, tap in enumerate((tapped.student_tap, tapped.taps[-1])):
             weights = oisd.attention_scores(tap, batch.queries, keys, valid).softmax(-1)
             for row, seen, pair in zip(weights, valid, sampled):
                 found["attention"] = max(found["attention"], (row[:, seen] - pair[side]).abs().max().item())

@@ -117,8 +117,6 @@ def open_place(place: str, words: list[str]) -> Opened:
     else:
         config = dataclasses.replace(config, model=str(weights), lora_rank=0)
     config = dataclasses.replace(config, dtype="float32", attention="sdpa", spread_weights=False)
-    if not config.student_layers:
-        raise UserError("student_layer = 'auto' is measured by a run: name a layer")
     if config.model == "tiny_model":
         laptop.make()
     tokenizer, (loaded, _) = oisd.load_tokenizer(config), oisd.load_model(config)
@@ -225,7 +223,7 @@ def table(places: Iterable[Opened], options) -> None:
     if len({(len(opened.tokenizer), len(opened.model.taps)) for opened in places}) > 1:
         raise UserError("the places differ in vocabulary or layers: draw a table of each")
     said = [first.token(index) for index in rollout.response_ids]
-    layers = shown_layers(len(first.model.taps), first.config.student_layers, options.layers)
+    layers = shown_layers(len(first.model.taps), first.config.student_layer, options.layers)
     width, height = max(5.0, 0.55 * len(said) + 1.2), 0.24 * len(layers) + 1.0
     across = 1 if len(said) > 9 else len(places)  # long responses one below the other
     down = -(-len(places) // across)
@@ -242,7 +240,7 @@ def table(places: Iterable[Opened], options) -> None:
                 axis.text(x, y, short, ha="center", va="center", fontsize=7, parse_math=False)
                 if index == cells[-1][x][0]:
                     axis.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, edgecolor="tab:orange"))
-        marks = {layer: " student" for layer in opened.config.student_layers} | {layers[-1]: " final"}
+        marks = {opened.config.student_layer: " student", layers[-1]: " final"}
         axis.set_yticks(range(len(layers)), [f"{layer}{marks.get(layer, '')}" for layer in layers], fontsize=8)
         axis.set_xticks(range(len(said)), said, fontsize=8, parse_math=False)
         whose = f"a response of {first.name}" if len(places) > 1 else "the response"
@@ -254,10 +252,10 @@ def table(places: Iterable[Opened], options) -> None:
     save(figure, options.output)
 
 
-def shown_layers(count: int, students: list[int], most: int) -> list[int]:
+def shown_layers(count: int, student: int, most: int) -> list[int]:
     """At most about `most` of the layers, evenly spaced, the last and the student's among them."""
     stride = -(-count // most)
-    return sorted({*range(count, 0, -stride), *students})
+    return sorted({*range(count, 0, -stride), student})
 
 
 @torch.no_grad()
@@ -269,7 +267,7 @@ def attention(places: Iterable[Opened], options) -> None:
     words, owners = split_words([opened.token(index) for index in rollout.prompt_ids])
     rows = {}
     for batch, _ in look(opened, [rollout]):
-        for layer in (*opened.config.student_layers, len(model.taps)):
+        for layer in (opened.config.student_layer, len(model.taps)):
             queries = batch.predicted - 1
             keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (N, T)
             scores = oisd.attention_scores(model.taps[layer - 1], queries, keys, keys <= queries[:, None])
@@ -359,7 +357,7 @@ def agreement(runs: list[str], options, words: list[str]) -> None:
         for place in stored:
             opened = open_place(str(place), words)
             rollouts = rollouts or opened.sample(options.problems)
-            student = measure_layers(opened, rollouts)[opened.config.student_layers[0] - 1]
+            student = measure_layers(opened, rollouts)[opened.config.student_layer - 1]
             points.append((int(place.name[5:]), 1 - student["attention_js"] / math.log(2)))
             print(f"{place}: {points[-1][1]:.4f}", flush=True)
         axis.plot(*zip(*points), marker="o", label=run)

@@ -4,11 +4,12 @@
     python tools/plan.py --config configs.toml:qwen3_8b --gpus 2x8        machines x GPUs of each; any field may follow
 
 Two micro-batches run through the program's own model, sharding, packing and losses, forward and backward, on PyTorch's
-fake tensors: all shapes, no numbers, no weights, no GPU. PyTorch's counters count the first one's FLOPs and what is
-alive in the second, which finds the gradients of the first. A micro-batch is the largest that the config allows:
-`max_tokens_per_gpu` tokens, nearly all of them responses. Arithmetic adds AdamW's two float32 moments (the trackers
-also count the global shapes by which DTensor plans an optimizer's step), vLLM's share with what it takes beyond weights
-and cache (VLLM_WORKS, and VLLM_SLEEPS while it sleeps), and RESERVE for the CUDA context, NCCL and fragmentation.
+fake tensors: all shapes, no numbers, no weights, no GPU. PyTorch's counters count the FLOPs of scoring and training the
+first, and what is alive in the second, which finds the gradients of the first. A micro-batch is the largest that the
+config allows: `max_tokens_per_gpu` tokens, nearly all of them responses. A third one, without recomputation, tells what
+a layer takes that keeps its activations. Arithmetic adds AdamW's two float32 moments (the trackers also count the
+global shapes by which DTensor plans an optimizer's step), what vLLM takes beyond weights and cache (VLLM_WORKS, and
+VLLM_SLEEPS while it sleeps), and `plumbing.RESERVE` for the CUDA context, NCCL and fragmentation.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,10 +39,10 @@ import inputs
 import oisd
 import plumbing
 from oisd import Config, Rollout, TappedModel
+from plumbing import RESERVE
 from settings import UserError, one_line
 
 CARDS = (24, 40, 80, 141)  # GB, as cards are named: 10^9 bytes
-RESERVE = 1.5e9  # bytes
 VLLM_WORKS = 2e9  # activations of its profiling batch and CUDA graphs: users report 1.5 to 2 GB
 VLLM_SLEEPS = 1.5e9  # what a sleeping engine keeps: 1 to 1.5 GB (vllm#28714)
 GB = 1e9
@@ -63,6 +63,8 @@ class Plan:
     resident: int  # what stays while vLLM works: parameters and optimizer
     vllm_least: int  # vLLM's weights and the cache of one longest sequence
     vllm_cache: int  # of that, the cache
+    layers: int  # decoder layers
+    kept_layer: int  # what a layer takes that is not recomputed
     flops: float
     tokens: int  # of a step whose responses all have full length
     seconds: float  # that planning took
@@ -78,11 +80,10 @@ def planned_attention(module, query, key, value, mask, scaling=None, **_):
 AttentionInterface.register("planned", planned_attention)
 
 
-def planned_rows(logits: torch.Tensor, targets: torch.Tensor, layers: int, config: Config) -> tuple:
+def planned_rows(logits: torch.Tensor, targets: torch.Tensor, config: Config, learning: int = 0) -> torch.Tensor:
     """`lens_rows` as it is compiled: nothing between logits and statistics lies in memory."""
     logits.zero_()
-    tokens, by_layer = (torch.zeros(*shape, len(targets)) for shape in ((), (layers,)))
-    return tokens, by_layer, tokens, by_layer
+    return torch.zeros(2 * len(logits), len(targets))
 
 
 @contextlib.contextmanager
@@ -131,9 +132,22 @@ def micro_batch(model: TappedModel, batch: oisd.PackedBatch) -> None:
 def plan(config: Config, gpus: int) -> Plan:
     """Raises: UserError if the model's config cannot be read."""
     start = time.monotonic()
-    layer = 1 if config.student_layer == "auto" else config.student_layer  # any costs as much
-    config = dataclasses.replace(config, attention="sdpa", student_layer=layer)
+    config = dataclasses.replace(config, attention="sdpa")
     inputs.read_model_config(config)
+    found = trace(config, gpus)
+    kept = 0
+    if config.recompute_layers:
+        without = trace(dataclasses.replace(config, recompute_layers=0), gpus).training
+        kept = (without - found.training) // recomputed(config, found.layers)
+    return dataclasses.replace(found, kept_layer=max(kept, 0), seconds=time.monotonic() - start)
+
+
+def recomputed(config: Config, layers: int) -> int:
+    return layers if config.recompute_layers == "all" else config.recompute_layers
+
+
+def trace(config: Config, gpus: int) -> Plan:
+    """A plan, but for its last two figures."""
     real = oisd.pack(longest_batch(config), config)
     shell = TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
@@ -145,6 +159,8 @@ def plan(config: Config, gpus: int) -> Plan:
             model = fake_model(shell, mesh, config)
             with FlopCounterMode(display=False) as counter:  # apart: it keeps alive what it counted
                 micro_batch(model, batch)
+                with torch.no_grad():
+                    model(model.response_logprobs, batch)
             with (tracker := FSDPMemTracker(model)):
                 micro_batch(model, batch)  # with the gradients of the one before
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
@@ -166,7 +182,8 @@ def plan(config: Config, gpus: int) -> Plan:
     tokens = config.prompts_per_step * config.group_size * longest
     flops = step_flops(counter.get_total_flops(), real.lengths, config, model) / sum(real.lengths) * tokens
     resident, vllm = parts["parameters"] + optimizer, vllm_bytes(longest, config, model)
-    return Plan(parts, total, host, resident, *vllm, flops, tokens, time.monotonic() - start)
+    layers = len(model.layers)
+    return Plan(parts, total, host, resident, *vllm, layers, 0, flops, tokens, 0.0)
 
 
 def attention_shape(model: TappedModel) -> tuple[int, int, int, int]:
@@ -188,22 +205,20 @@ def vllm_bytes(longest: int, config: Config, model: TappedModel) -> tuple[int, i
 
 
 def step_flops(counted: int, lengths: list[int], config: Config, model: TappedModel) -> float:
-    """Of scoring and training a micro-batch, from what the counter saw in training it, attention not among it.
+    """Of scoring and training a micro-batch: what the counter saw, and attention, which it did not.
 
-    Scoring is one more forward pass, of four with checkpointing, of three without. A causal pass of attention takes
-    2 H d T^2 forward, 2.5 times that backward.
+    A causal pass of attention takes 2 H d T^2 forward, 2.5 times that backward.
     """
     layers, heads, _, head_size = attention_shape(model)
-    passes = 2 + config.gradient_checkpointing + 2.5
-    attention = passes * 2 * layers * heads * head_size * sum(length**2 for length in lengths)
-    return counted * (5 / 4 if config.gradient_checkpointing else 4 / 3) + attention
+    passes = 2 + recomputed(config, layers) / layers + 2.5  # scoring and training; again; backward
+    return counted + passes * 2 * layers * heads * head_size * sum(length**2 for length in lengths)
 
 
 def logits_bytes(config: Config, model: TappedModel) -> int:
-    """Of a chunk of the lens pass: policy's and students', which their derivatives take the place of."""
+    """Of a chunk of the lens pass: policy's and student's, which their derivatives take the place of."""
     width = 2 if config.dtype == "bfloat16" else 4
-    rows = (1 + len(config.student_layers)) * config.lens_chunk_tokens
-    return width * rows * len(model.model.get_output_embeddings().weight)
+    tokens = min(config.lens_chunk_tokens, config.max_tokens_per_gpu)
+    return width * 2 * tokens * len(model.model.get_output_embeddings().weight)
 
 
 def verdicts(found: Plan, config: Config) -> dict[int, str]:
@@ -211,35 +226,47 @@ def verdicts(found: Plan, config: Config) -> dict[int, str]:
     answers = {}
     for card in CARDS:
         room = card * GB - RESERVE
-        share = config.vllm_memory * card * GB if config.sampler == "vllm" else 0
+        most = plumbing.largest_share(card * GB, card * GB, found.resident)
+        chosen = most if config.vllm_memory == "auto" else config.vllm_memory
+        share = chosen * card * GB if config.sampler == "vllm" else 0
         beside = VLLM_SLEEPS if share else 0
         if found.training + beside > room:
             answers[card] = f"no, training takes {found.training / GB:.1f} GB: {fix(found, config, room - beside)}"
         elif found.resident + share > room:
-            most = (room - found.resident) / (card * GB)
-            most = f"vllm_memory at most {most:.2f}" if share and most > 0.02 else "more GPUs, or cpu_offload"
-            answers[card] = f"no, weights, optimizer and vLLM's share together exceed it: {most}"
+            turn = f"vllm_memory at most {most:.2f}" if share and most > 0.02 else "more GPUs, or cpu_offload"
+            answers[card] = f"no, weights, optimizer and vLLM's share together exceed it: {turn}"
         elif share and share < found.vllm_least:
             least = found.vllm_least / (card * GB)
-            answers[card] = f"no, vLLM needs {found.vllm_least / GB:.1f} GB: vllm_memory at least {least:.2f}"
-        elif share:
-            most = min(0.9, math.floor(100 * (room - found.resident) / (card * GB)) / 100)
-            at_once = [
-                int((s * card * GB - found.vllm_least) / found.vllm_cache) + 1 for s in (config.vllm_memory, most)
-            ]
-            now = f"vLLM holds {at_once[0]} sequences of full length at once"
-            answers[card] = f"yes; {now}, {at_once[1]} at vllm_memory = {most:.2f}, the most"
+            fits = f"vllm_memory at least {least:.2f}" if least <= most else "more GPUs"
+            answers[card] = f"no, vLLM needs {found.vllm_least / GB:.1f} GB: {fits}"
         else:
-            answers[card] = "yes"
+            answers[card] = "yes" + with_cache(found, share, chosen, most, card)
+            answers[card] += with_layers(found, config, room - beside)
     return answers
+
+
+def with_cache(found: Plan, share: float, chosen: float, most: float, card: int) -> str:
+    """How many sequences of full length vLLM holds at once in its share, and in the largest that fits."""
+    if not share:
+        return ""
+    counts = {s: int((s * card * GB - found.vllm_least) / found.vllm_cache) + 1 for s in (chosen, most)}
+    more = f", {counts[most]} at {most:.2f}, the most" if most > chosen else ""
+    return f"; vllm_memory = {chosen:.2f} holds {counts[chosen]} sequences of full length at once{more}"
+
+
+def with_layers(found: Plan, config: Config, room: float) -> str:
+    """How few decoder layers need to be recomputed, if fewer than now."""
+    now = recomputed(config, found.layers)
+    keep = min(now, int((room - found.training) / found.kept_layer)) if found.kept_layer else 0
+    return f"; recompute_layers = {now - keep} instead of {now} fits, too" if keep > 0 else ""
 
 
 def fix(found: Plan, config: Config, room: float) -> str:
     """The field whose part is too large."""
     if found.parts["parameters"] + found.parts["gradients"] + found.parts["optimizer"] > 0.9 * room:
         return "more GPUs, lora_rank, or cpu_offload"
-    if not config.gradient_checkpointing:
-        return "gradient_checkpointing = true"
+    if recomputed(config, found.layers) < found.layers:
+        return 'recompute_layers = "all"'
     if found.parts["logits chunk"] > found.parts["activations, rest"]:
         return f"a smaller lens_chunk_tokens than {config.lens_chunk_tokens}"
     return f"a smaller max_tokens_per_gpu than {config.max_tokens_per_gpu}, or more GPUs"
@@ -278,6 +305,8 @@ def report(name: str, config: Config, words: str) -> str:
     lines.append(f"  {'peak of training':18} {found.training / GB:7.2f}")
     if found.host:
         lines.append(f"  {'on the host':18} {found.host / GB:7.2f}")
+    if found.kept_layer:
+        lines.append(f"  {'a layer kept':18} {found.kept_layer / GB:7.2f}  more, for each that is not recomputed")
     if config.sampler == "vllm":
         lines.append(f"  {'vLLM needs':18} {found.vllm_least / GB:7.2f}  asleep while the trainer works")
     lines.append(f"{found.flops:.3g} FLOPs a step, if all {found.tokens:,} tokens of full-length rollouts are drawn")

@@ -195,14 +195,14 @@ def lens_tables(runs: list[Report], count: int, most: int) -> str:
         except UserError as problem:  # no weights yet, or the model has gone: the rest of the page stands
             page.append(f"<p>{escape(problem)}</p>")
             continue
-        layers = lens.shown_layers(len(opened.model.taps), opened.config.student_layers, 16)
+        layers = lens.shown_layers(len(opened.model.taps), opened.config.student_layer, 16)
         for problem, rollout in zip(opened.problems, opened.sample(count)):
             rollout.response_ids = rollout.response_ids[:most]
             cells = lens.lens_cells(opened, rollout)
             said = [opened.token(index) for index in rollout.response_ids]
             rows = [rows_of(["said", *map(escape, said)], True)]
             for layer in reversed(layers):
-                marks = {name: "student" for name in opened.config.student_layers} | {len(cells): "final"}
+                marks = {opened.config.student_layer: "student", len(cells): "final"}
                 row = f"<th>{layer} {marks.get(layer, '')}</th>"
                 for place, (index, p) in enumerate(cells[layer - 1]):
                     same, word = ' class="same"' if index == cells[-1][place][0] else "", opened.token(index)
