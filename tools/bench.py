@@ -2,7 +2,9 @@
 
     python tools/bench.py lens                     the lens pass: 1,024 tokens, hidden 1,024, vocabulary 151,936
     python tools/bench.py lens --dtype bfloat16 --tokens 256 --vocabulary 20000
+    python tools/bench.py lens --parts             the lens pass in parts: products, rows of logits, sizes of chunks
     python tools/bench.py step --real 60           a training step on stored rollouts, 60 % of the padded rows real
+    python tools/bench.py step --shape qwen3_4b    a step in that shape, in parts, against the plan and the card's peak
     python tools/bench.py attention                the attention loss, by tokens and by sampled steps
     python tools/bench.py packing                  packed rows against padded ones, a small Qwen3
     python tools/bench.py sampler                  the sampler without vLLM
@@ -15,9 +17,10 @@ single time. A side whose package is not installed is named and left out. On a G
 
 `lens`: forward and backward of clipped policy loss + JS between two layers; against plain autograd on whole logits,
 against its own floor (the six products with the head alone), and against Liger's fused JSD loss (JSD alone, without
-policy loss, from `liger-kernel`). `step`: random weights in the shape of SmolLM2-135M, 16 rollouts; OISD, GRPO (both
-weights 0), and `GRPOTrainer.compute_loss` of TRL on the same rollouts, padded. Memory is the peak above what inputs,
-model and the gradients of the step before take.
+policy loss, from `liger-kernel`). `step`: random weights in the shape of SmolLM2-135M, 16 rollouts; GRPO (both weights
+0, nothing else computed), GRPO that measures both JS for the log, OISD, and `GRPOTrainer.compute_loss` of TRL on the
+same rollouts, padded. Memory is the peak above what inputs, model and the gradients of the step before take. What a
+side's loss and gradient were is read after its time is taken.
 
 `grader`: `grader.py` with two workers, their start included, against math-verify called one by one in this
 process on whole responses. The responses are made: 16 to each problem, half with its gold in the box, 40 % with
@@ -43,8 +46,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # ----------------------------------------------------- Sides ---------------------------------------------------------
-# A side is a function of the options that makes its inputs and returns the work to be timed; the work returns facts
-# that all sides must share, such as the loss.
+# A side is a function of the options that makes its inputs and returns the work to be timed. The work returns a
+# function to be called after it: the facts that all sides must share, such as the loss.
 
 
 def device_of():
@@ -77,24 +80,35 @@ def lens_ours(options):
 
     def work():
         final.grad = student.grad = head.grad = None
-        loss, *_ = oisd.LensPass.apply(final, student[None], None, head, batch, config)
+        loss, *_ = oisd.LensPass.apply(final, student, head, batch, config)
         loss.backward()
-        return {"loss": loss.item(), "gradient": head.grad.float().norm().item()}
+        return lambda: {"loss": loss.item(), "gradient": head.grad.float().norm().item()}
 
     return work
 
 
-def lens_dense(options):
+def dense_loss(final, student, head, batch, config):
+    """The token loss of `LensPass` by autograd on whole logits."""
+    import torch.nn.functional as F
+
     import oisd
 
+    final_logits, student_logits = F.linear(final, head), F.linear(student, head)
+    policy = (final_logits.float() / config.temperature).log_softmax(-1)
+    logprobs = policy.gather(1, batch.target_ids[:, None])[:, 0]
+    js = oisd.js_divergence(student_logits, final_logits, config.distill_temperature)
+    policy_loss, think_loss = oisd.token_losses(logprobs, js, batch, slice(None), config)
+    return policy_loss + config.think_weight * think_loss
+
+
+def lens_dense(options):
     final, student, head, batch, config = lens_inputs(options)
 
     def work():
         final.grad = student.grad = head.grad = None
-        logprobs, js, *_ = oisd.dense_token_stats(final, student[None], head, batch.target_ids, config)
-        policy, think = oisd.token_losses(logprobs, js, batch, slice(None), config)
-        (policy + config.think_weight * think).backward()
-        return {"loss": (policy + config.think_weight * think).item(), "gradient": head.grad.float().norm().item()}
+        loss = dense_loss(final, student, head, batch, config)
+        loss.backward()
+        return lambda: {"loss": loss.item(), "gradient": head.grad.float().norm().item()}
 
     return work
 
@@ -109,7 +123,7 @@ def lens_floor(options):
         for chunk in hidden.split(2 * config.lens_chunk_tokens):
             logits = chunk @ weight.T
             logits @ weight, logits.T @ chunk
-        return {}
+        return dict
 
     return work
 
@@ -126,7 +140,7 @@ def lens_liger(options):
         final.grad = student.grad = head.grad = None
         loss = loss_of(student, head, final.detach(), head.detach(), batch.target_ids)
         loss.backward()
-        return {}
+        return dict
 
     return work
 
@@ -168,6 +182,7 @@ def step_ours(options, **weights):
         oisd.Config(), student_layer=10, dtype=options.dtype, recompute_layers=0, max_response_tokens=224,
         max_prompt_tokens=32, max_tokens_per_gpu=4096, lens_chunk_tokens=options.chunk, **weights,
     )  # fmt: skip
+    model.set_attn_implementation(config.kernel)
     tapped = oisd.TappedModel(model, config).train()
     batch = oisd.pack(rollouts, config, device_of())
     with torch.no_grad():
@@ -179,7 +194,7 @@ def step_ours(options, **weights):
         sums = tapped(tapped.losses, batch)
         counts = len(batch.target_ids), max(1, len(batch.queries))
         (sums["token_loss"] / counts[0] + sums["step_loss"] / counts[1]).backward()
-        return facts_of(sums["policy_loss"] / counts[0], model)
+        return lambda: facts_of(sums["policy_loss"] / counts[0], model)
 
     return work
 
@@ -191,8 +206,8 @@ def facts_of(loss, model):
     return {"policy loss": loss.item(), "gradient": gradient}
 
 
-def step_grpo(options):
-    return step_ours(options, think_weight=0.0, attention_weight=0.0)
+def step_grpo(options, **changes):
+    return step_ours(options, think_weight=0.0, attention_weight=0.0, **changes)
 
 
 def step_trl(options):
@@ -234,7 +249,7 @@ def step_trl(options):
         with torch.autocast(device_of().type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = trainer.compute_loss(model, inputs)
         loss.backward()
-        return facts_of(loss, model)
+        return lambda: facts_of(loss, model)
 
     return work
 
@@ -261,7 +276,7 @@ def attention_side(tokens, steps):
             for tap in taps:
                 tap.query.grad = tap.key.grad = None
             oisd.attention_js(*taps, batch, config).sum().backward()
-            return {}
+            return dict
 
         return work
 
@@ -290,7 +305,7 @@ def packing_side(packed, percent):
         def work_packed():
             sums = tapped(tapped.losses, batch)
             (sums["token_loss"] + sums["step_loss"]).backward()
-            return {}
+            return dict
 
         def work_padded():
             hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -298,8 +313,8 @@ def packing_side(packed, percent):
             numbers = torch.zeros(len(final), device=final.device)
             row = SimpleNamespace(target_ids=numbers.long(), advantages=numbers + 1, old_logprobs=numbers - 9)
             row.sampler_logprobs = row.old_logprobs
-            oisd.LensPass.apply(final, final[None], None, tapped.head, row, tapped.config)[0].backward()
-            return {}
+            oisd.LensPass.apply(final, final, tapped.head, row, tapped.config)[0].backward()
+            return dict
 
         return work_packed if packed else work_padded
 
@@ -324,7 +339,8 @@ def sampler_side(ours):
         sampler = laptop.HfSampler(model, ends, SimpleNamespace(**settings), device_of())
 
         def work_ours():
-            return {"tokens": sum(len(sample[1]) for sample in sampler.stream(prompts, list(range(64))))}
+            tokens = sum(len(sample[1]) for sample in sampler.stream(prompts, list(range(64))))
+            return lambda: {"tokens": tokens}
 
         def work_plain():
             tokens = 0
@@ -339,7 +355,7 @@ def sampler_side(ours):
                 )[:, longest:]  # fmt: skip
                 ended = torch.isin(out, torch.tensor(ends, device=out.device)).int()
                 tokens += int(((ended.cumsum(1) - ended) == 0).sum())
-            return {"tokens": tokens}
+            return lambda: {"tokens": tokens}
 
         return work_ours if ours else work_plain
 
@@ -348,7 +364,8 @@ def sampler_side(ours):
 
 SIDES = {
     "lens": {"ours": lens_ours, "dense": lens_dense, "floor": lens_floor, "liger JSD": lens_liger},
-    "step": {"our GRPO": step_grpo, "our OISD": step_ours, "TRL's GRPO": step_trl},
+    "step": {"our GRPO": lambda options: step_grpo(options, measure_js=False), "GRPO, JS measured": step_grpo,
+             "our OISD": step_ours, "TRL's GRPO": step_trl},
     "attention": {f"{t} tokens {s} steps": attention_side(t, s) for t, s in ((1024, 64), (4096, 64), (16384, 64),
                                                                                 (16384, 256), (16384, 1024))},
     "packing": {f"{name} {share} % real": packing_side(name == "packed", share)
@@ -380,7 +397,7 @@ def serve(options):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds, peak = time.perf_counter() - start, plumbing.peak_bytes(device) - before
-        print(json.dumps({"seconds": seconds, "gib": peak / 2**30, **facts}), file=say, flush=True)
+        print(json.dumps({"seconds": seconds, "gib": peak / 2**30, **facts()}), file=say, flush=True)
 
 
 def start_peak(device):
@@ -463,7 +480,7 @@ def compare(options):
         times, gib = [row["seconds"] for row in rows], statistics.median(row["gib"] for row in rows)
         middle = statistics.median(times)
         facts = ", ".join(f"{key} {rows[-1][key]:.7g}" for key in rows[-1] if key not in ("seconds", "gib"))
-        spread = f"{middle:.3f} ({min(times):.3f} to {max(times):.3f})"
+        spread = f"{middle:.4g} ({min(times):.4g} to {max(times):.4g})"
         print(f"| {name} | {spread} | {middle / base:.2f} | {gib:.2f} | {gib / max(room, 1e-9):.2f} | {facts} |")
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
@@ -574,11 +591,24 @@ def main():
     parser.add_argument("--real", type=int, default=60, help="per cent of the padded tokens that are real, 7 to 100")
     parser.add_argument("--data", default="math500", help="a benchmark of evaluate.py, or NAME=FILE")
     parser.add_argument("--copies", type=int, default=16, help="responses to each problem")
+    parser.add_argument("--parts", action="store_true", help="lens: its parts, by size of chunk")
+    parser.add_argument("--shape", choices=["qwen3_4b", "qwen3_06b", "tiny"], help="step: its parts, in this shape")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options, options.words = parser.parse_known_args()
+    if options.shape and options.what == "step":
+        from tools import parts
+
+        return parts.measure_step(options.shape, options.words, options.repeats, options.csv)
     if options.words and options.what != "memory":
         parser.error(f"unknown: {' '.join(options.words)}")
-    if options.what in SIDES:
+    if options.parts and options.what == "lens":
+        import torch
+
+        from tools import parts
+
+        sizes = options.tokens, options.hidden, options.vocabulary
+        parts.measure_lens(*sizes, getattr(torch, options.dtype), options.repeats, options.csv)
+    elif options.what in SIDES:
         serve(options) if options.side else compare(options)
     else:
         {"grader": bench_grader, "memory": bench_memory}[options.what](options)

@@ -1,4 +1,4 @@
-"""The first thing to run on rented GPUs: does all of it work here, and how fast? Under ten minutes.
+"""The first thing to run on rented GPUs: does all of it work here, and how fast? 10 to 15 minutes with vLLM.
 
     python tools/preflight.py                                      random weights in the shape of Qwen3-0.6B
     python tools/preflight.py --config configs.toml:qwen3_4b       a model at hand
@@ -6,15 +6,14 @@
 
 Needs no download without `--config`. Every check has a line with its figures; one that fails says FAIL, and the program
 ends with 1. Where there is no GPU it checks what a CPU can, with the laptop's model, and says what it left out. Each
-stage is a process of its own, or `--ranks` of them, so that one that dies takes no other with it; `--only run,resume`
-runs some. Fields of the config may follow, as on `oisd.py`'s command line. What it writes goes to a folder that is
-deleted at the end, or to `--folder`.
+stage is a process of its own, or `--ranks` of them, so that one that dies or hangs takes no other with it (`--limit`
+seconds each); `--only run,resume` runs some. `--report` is written as the rows come. Fields of the config may follow,
+as on `oisd.py`'s command line. What it writes goes to a folder that is deleted at the end, or to `--folder`.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -32,7 +31,6 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16, dense
 SMALL = {"prompts_per_step": 4, "mini_batch_prompts": 2, "group_size": 4, "num_steps": 2, "checkpoint_every": 1}
 SMALL |= {"eval_problems": 4, "rollouts_every": 1}
 
@@ -144,12 +142,13 @@ def stage_lens(options):
     from transformers import AutoConfig
 
     import oisd
+    from tools.bench import dense_loss
 
     _, config = oisd.load_config(options.words)
     shape, N = AutoConfig.from_pretrained(config.model), 2048 if cuda() else 64
     V, D, dtype = shape.vocab_size, shape.hidden_size, getattr(torch, config.dtype)
     torch.manual_seed(0)
-    sizes = (N, D), (1, N, D), (V, D)
+    sizes = (N, D), (N, D), (V, D)
     truth = [torch.randn(*size, device=device()).to(dtype).float() for size in sizes]
     truth[2] /= D**0.5
     inputs = [x.to(dtype).requires_grad_() for x in truth]
@@ -159,12 +158,10 @@ def stage_lens(options):
     batch.old_logprobs = batch.sampler_logprobs = torch.full_like(numbers, -math.log(V))
     few = 512 if cuda() else N  # of the dense side
     part = SimpleNamespace(**{name: value[:few] for name, value in vars(batch).items()})
-    logprobs, js, *_ = oisd.dense_token_stats(truth[0][:few], truth[1][:, :few], truth[2], part.target_ids, config)
-    policy, think = oisd.token_losses(logprobs, js, part, slice(None), config)
-    (policy + config.think_weight * think).backward()
-    oisd.LensPass.apply(inputs[0][:few], inputs[1][:, :few], None, inputs[2], part, config)[0].backward()
+    dense_loss(truth[0][:few], truth[1][:few], truth[2], part, config).backward()
+    oisd.LensPass.apply(inputs[0][:few], inputs[1][:few], inputs[2], part, config)[0].backward()
     errors = [((a.grad.float() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(inputs, truth)]
-    del logprobs, js, policy, think, truth
+    del truth
     limit = 0.03 if config.dtype == "bfloat16" else 1e-4
     texts = ", ".join(f"{name} {error:.1e}" for name, error in zip(("policy", "student", "head"), errors))
     yield "lens pass = dense autograd", max(errors) < limit, f"V {V:,}, D {D:,}; gradients off by {texts} (norms)"
@@ -191,7 +188,7 @@ def stage_lens(options):
             for name, owner in names.items():
                 setattr(owner, name, timed(name))
         start = synced()
-        oisd.LensPass.apply(*inputs[:2], None, inputs[2], batch, config)[0].backward()
+        oisd.LensPass.apply(*inputs, batch, config)[0].backward()
         total = synced() - start
     shares = ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in clock.items())
     work = 6 * 2 * N * D * V
@@ -205,6 +202,7 @@ def stage_run(options):
 
     import oisd
     import plumbing
+    from tools.parts import card_peak, largest_log_ratio
 
     start = time.perf_counter()
     run = oisd.prepare(*oisd.load_config([*options.words, "--output_dir", f"{options.folder}/run"]))
@@ -218,7 +216,9 @@ def stage_run(options):
     gap = oisd.set_old_logprobs(run, rollouts)
     facts = f"prepared in {prepared:.0f} s, weights over in {synced:.1f} s, {tokens / seconds:.0f} tokens/s"
     yield f"sampler, {config.sampler}", gap <= config.logprob_gap_limit, f"{facts}, log-prob gap {gap:.2g} nats"
-    ratio = exact_ratio(run, rollouts)
+    for index, rollout in enumerate(rollouts):
+        rollout.advantage = (-1.0) ** index
+    ratio = max(oisd.gather([largest_log_ratio(run, rollouts)]))
     text = f"largest log ratio {ratio:.2g}, {config.dtype}, {plumbing.world()} x {device().type}"
     yield "ratio exactly 1 before an update", ratio == 0, text
     if cuda() and config.sampler == "vllm":
@@ -244,35 +244,14 @@ def stage_run(options):
     if planned.exists():
         found = json.loads(planned.read_text())
         flops = found["flops"] * metrics["tokens_per_second"] * metrics["seconds"] / found["tokens"] / update
-        peak = next((p for name, p in PEAKS.items() if cuda() and name in torch.cuda.get_device_name()), None)
-        share = f", {100 * flops / peak / plumbing.world():.0f} % of the card's peak" if peak else ""
+        peak = card_peak()
+        share = "" if math.isnan(peak) else f", {100 * flops / peak / plumbing.world():.0f} % of the card's peak"
         text += f", planned {found['training'] / 2**30:.2f} at the most; {flops / 1e12:.2f} TFLOP/s{share}"
         fits = not cuda() or metrics["peak_memory_gib"] * 2**30 <= 1.1 * found["training"]
     yield "one step", fits and math.isfinite(metrics["grad_norm"]), text
     run.grader.close()
     run.sampler.close()
     run.accelerator.end_training()
-
-
-def exact_ratio(run, rollouts):
-    """Largest |log ratio| that a loss sees before an update; old log-probs are set."""
-    import oisd
-
-    policy_loss_sum, seen = oisd.policy_loss_sum, [0.0]
-
-    def look(logprobs, old, *rest):
-        if len(old):
-            seen[0] = max(seen[0], (logprobs - old).abs().max().item())
-        return policy_loss_sum(logprobs, old, *rest)
-
-    oisd.policy_loss_sum = look
-    for index, rollout in enumerate(rollouts):
-        rollout.advantage = (-1.0) ** index
-    run.model.train()
-    oisd.accumulate_gradients(run, rollouts, run.config.max_tokens_per_gpu)
-    run.optimizer.zero_grad()
-    oisd.policy_loss_sum = policy_loss_sum
-    return max(oisd.gather(seen))
 
 
 def moved_weights(run):
@@ -465,14 +444,24 @@ def execute(stage, ranks, options):
     rows, start = Path(options.folder) / f"{stage}.jsonl", time.perf_counter()
     rows.unlink(missing_ok=True)
     command = [*launcher(ranks), __file__, "--stage", stage, "--folder", options.folder, "--ranks", str(options.ranks)]
-    process = subprocess.run([*command, *options.words], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    log = Path(options.folder) / f"{stage}.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *options.words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            ended = f"ended with {process.wait(timeout=options.limit)}"
+        except subprocess.TimeoutExpired:
+            ended = f"ran past --limit {options.limit} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it, or what it has left of its workers
+        process.wait()
     found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     if process.returncode:
-        (Path(options.folder) / f"{stage}.log").write_text(process.stdout + process.stderr)
-        said = [line for line in process.stderr.splitlines() if "Error" in line or "error:" in line]
-        found.append(
-            [stage, False, f"ended with {process.returncode}: {said[-1].strip()[:200] if said else 'no word'}"]
-        )
+        said = [line for line in log.read_text().splitlines() if "Error" in line or "error:" in line]
+        found.append([stage, False, f"{ended}: {said[-1].strip()[:200] if said else 'no word'}"])
+    else:
+        log.unlink()
     return found, time.perf_counter() - start
 
 
@@ -516,14 +505,14 @@ def made_model(folder):
         return []
     import torch
 
-    shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    from tools.parts import SHAPES
+
     torch.manual_seed(0)
     shutil.copytree(ROOT / "tiny_model", f"{folder}/model")
     (Path(folder) / "model" / "model.safetensors").unlink()
     ids = json.loads((ROOT / "tiny_model" / "config.json").read_text())
     ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if ids.get(name) is not None}
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape, **heads, **ids), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**SHAPES["qwen3_06b"], **ids), dtype=torch.bfloat16)
     model.save_pretrained(f"{folder}/model")
     return ["--model", f"{folder}/model", "--student_layer", "6", "--dtype", "bfloat16"]
 
@@ -550,6 +539,7 @@ def main():
     parser.add_argument("--report", help="write the table there, as Markdown")
     parser.add_argument("--only", help="stages, separated by commas")
     parser.add_argument("--folder", help="keep what the runs write, and the logs of what failed")
+    parser.add_argument("--limit", type=int, default=900, help="seconds that a stage may take")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options, options.words = parser.parse_known_args()
     if options.stage:
@@ -573,24 +563,29 @@ def main():
         options.words = quiet(complete, options.words, options.folder)
     except UserError as problem:
         sys.exit(f"preflight: error: {problem}")
-    table, start = io.StringIO(), time.perf_counter()
+    start, failures = time.perf_counter(), []
+    report = open(options.report, "w", encoding="utf-8") if options.report else open(os.devnull, "w")  # noqa: SIM115
+
+    def write(text):
+        for out in (sys.stdout, report):
+            print(text, file=out, flush=True)
 
     def show(found, seconds):
         for check, passed, figures in found:
             verdict = "left out" if passed is None else "ok" if passed else "FAIL"
-            for out in (sys.stdout, table):
-                print(f"| {check} | {verdict} | {figures} | {seconds:.0f} |", file=out, flush=True)
+            write(f"| {check} | {verdict} | {figures} | {seconds:.0f} |")
         failures.extend(check for check, passed, _ in found if passed is False)
 
-    failures = []
-    for out in (sys.stdout, table):
-        print("| check | | figures | seconds of its stage |\n|---|---|---|---|", file=out, flush=True)
+    write("| check | | figures | seconds of its stage |\n|---|---|---|---|")
     for stage, on in STAGES.items():
         if stage.partition(" ")[0] not in only or (on == "two" and options.ranks < 2):
             continue
         if stage.startswith("stored") and options.ranks < 2:
             continue
-        if stage == "resume again" and not failures:
+        if stage == "resume again":
+            if not (Path(options.folder) / "whole" / "checkpoints" / "step_000002").exists():
+                show([(stage, None, "the run to be resumed did not get that far")], 0)
+                continue
             shutil.copytree(f"{options.folder}/whole", f"{options.folder}/parted")
             shutil.rmtree(f"{options.folder}/parted/checkpoints/step_000002")
         show(*execute(stage, {"all": options.ranks, "two": 2}.get(on, 1), options))
@@ -600,9 +595,8 @@ def main():
     elif options.ranks == 1:
         show([("two ranks, tensor parallel, signals", None, "--ranks 2")], 0)
     words = f"{time.perf_counter() - start:.0f} s in all; {len(failures)} failed: {', '.join(failures) or 'none'}"
-    print(f"\n{words}")
-    if options.report:
-        Path(options.report).write_text(f"{table.getvalue()}\n{words}\n", encoding="utf-8")
+    write(f"\n{words}")
+    report.close()
     if not kept and not failures:
         shutil.rmtree(options.folder)
     elif failures:
