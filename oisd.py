@@ -27,7 +27,8 @@ Where the paper leaves a choice, this file takes: the lens with the final norm; 
 norm too; tau = c = 1; 64 decoding steps per rollout, evenly spaced instead of drawn, so that any split into batches
 agrees; 64 local and at most 64 strided keys; heads matched by index; N and S counted over the whole optimizer step; old
 log-probs recomputed by the trainer. The README's table of deviations gives the source of each. What any trainer has
-stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py` reads settings.
+stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py` reads settings;
+`rows.py` has the kernels of the lens pass.
 The paper's other rows are tables of `configs.toml`; PPO and OPSD, in `baselines/`, take the places of `Method`.
 
 Dimensions, single capitals throughout:
@@ -203,6 +204,8 @@ class Config:
         if (self.policy_layer > 0) != (self.policy_layer_steps > 0):
             both = f"policy_layer = {self.policy_layer}, policy_layer_steps = {self.policy_layer_steps}"
             raise UserError(f"{both}: set both or neither")
+        if self.policy_layer and self.think_weight:
+            raise UserError(f"think_weight = {self.think_weight}: with policy_layer no lens is trained, set it to 0")
         if self.policy_layer and self.importance_cap:
             raise UserError("importance_cap compares with the sampler, which policy_layer's policy is not: set it to 0")
         if self.spread_weights and (self.dtype == "float32" or self.lora_rank):

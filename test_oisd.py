@@ -378,14 +378,21 @@ def test_the_objective_is_that_of_dense_autograd(tied):
     assert_same_gradients(mine, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointed_is_not_checkpointed(family):
+def test_checkpointed_is_not_checkpointed(family, count):
+    """With `count` of four layers recomputed: the same bits, and these layers alone run twice."""
     config, rollouts = with_config(attention_weight=1.0), random_rollouts()
     plain_sums, plain = gradients(random_model(family), config, rollouts)
-    model = random_model(family)
+    model, calls = random_model(family), []
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs.recompute_some(model, count)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
     run = run_of(model, config)
     sums = oisd.accumulate_gradients(run, rollouts, 10**6)
+    twice = [index for index in range(4) if calls.count(index) == 2]
+    assert twice == {1: [3], 3: [1, 2, 3], 4: [0, 1, 2, 3]}[count] and len(calls) == 4 + count
     assert sums == plain_sums
     assert_same_gradients({name: p.grad for name, p in model.named_parameters()}, plain, rtol=0, atol=0)
     assert all(tap.hidden is tap.query is tap.key is None for tap in run.model.taps)  # nothing is kept
@@ -498,6 +505,36 @@ def test_varlen_gets_the_borders_heads_and_window(monkeypatch, family, window):
         torch.testing.assert_close(one, other, **DOUBLE)
     if not window:
         inputs.check_model(tapped)  # rows that are not packed, as in generation, go another way
+
+
+def test_varlen_gets_one_dtype_and_only_what_it_knows(monkeypatch):
+    """Outside FSDP a float32 norm leaves query and key float32 under autocast; torch 2.11 has no `enable_gqa`."""
+    seen = []
+
+    def older(query, key, value, *borders, scale, window_size):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return varlen_attn(query, key, value, *borders, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(oisd.varlen, "varlen_attn", older)
+    config, rollouts = with_config(dtype="bfloat16"), random_rollouts(3)
+    scores = []
+    for kernel in ("varlen", "sdpa"):
+        tapped = oisd.TappedModel(random_model(attention=kernel, dtype=torch.float32), config)
+        scores.append(tapped(tapped.response_logprobs, oisd.pack(rollouts, config))[0])
+    assert seen == [{torch.bfloat16}] * 4
+    assert (scores[0] - scores[1]).abs().mean() < 0.1  # bfloat16's own difference
+
+
+@pytest.mark.parametrize("think,attention", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_without_measure_js_the_gradient_is_the_same_and_the_rest_is_left_out(think, attention):
+    weights, found = {"think_weight": think, "attention_weight": attention}, []
+    for measure in (True, False):
+        config = with_config(**weights, measure_js=measure)
+        found.append(gradients(random_model(), config, random_rollouts()))
+    (all_sums, with_js), (sums, without) = found
+    assert_same_gradients(without, with_js, rtol=0, atol=0)
+    assert sums.items() <= all_sums.items() and "think_js" in all_sums and "attention_js" in all_sums
+    assert ("think_js" in sums, "attention_js" in sums) == (think > 0, attention > 0)
 
 
 def test_weights_of_zero_are_grpo():

@@ -190,6 +190,7 @@ BAD = [
     (oisd.Method(), "qwen3_4b_opsd", {}, "advantage = 'none' is for baselines/opsd.py: launch that"),
     (oisd.Method(), "tiny_bupo", {"policy_layer_steps": 0}, "set both or neither"),
     (oisd.Method(), "tiny_bupo", {"importance_cap": 2}, "set it to 0"),
+    (oisd.Method(), "tiny_bupo", {"think_weight": 1}, "no lens is trained, set it to 0"),
     (oisd.Method(), "tiny_bupo", {"policy_layer": 3}, "has 3 layers"),
     (oisd.Method(), "tiny", {"student_layer": "3"}, "has 3 layers"),
 ]

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -371,3 +373,46 @@ def test_the_laptops_model_is_not_made_over_another_folder(tmp_path):
     with pytest.raises(UserError, match="stands in the way"):
         laptop.make(tmp_path / "tiny_model")
     assert (tmp_path / "tiny_model" / "thesis.tex").exists()
+
+
+def test_a_full_disk_is_seen_before_the_first_step(toy, tmp_path, monkeypatch, capsys):
+    """51,776 weights: two kept checkpoints, one being written, of 12 bytes a weight, and 4 for the export."""
+    free = 51_776 * (3 * 12 + 4)
+    for room, code in ((free - 1, 2), (free, 0)):
+        monkeypatch.setattr(plumbing.shutil, "disk_usage", lambda _, room=room: SimpleNamespace(free=room))
+        assert oisd.main(toy_arguments(toy, tmp_path / "run")) == code
+        error = capsys.readouterr().err
+        assert code == 0 or ("GB free, but 3 checkpoints" in error and "checkpoints_kept" in error), error
+        assert code == 0 or not (tmp_path / "run").exists()
+
+
+def test_rollouts_travel_as_arrays_and_arrive_as_they_were():
+    logprobs = torch.randn(8192).tolist()  # float32, as samplers give them
+    rollout = oisd.Rollout([1, 2], list(range(8192)), logprobs, "stop", row=3, advantage=torch.ones(8192), notes={"a": 1})
+    sent = pickle.dumps(rollout)
+    arrived = pickle.loads(sent)
+    for name, value in vars(rollout).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: type(a) is type(b) and a == b
+        assert same(getattr(arrived, name), value), name
+    assert len(sent) < 8192 * (4 + 4 + 4) + 2000  # four bytes for each id, log-prob and advantage
+
+
+def test_rank_0_has_all_threads_while_it_loads(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(plumbing, "world", lambda: 2)
+    monkeypatch.setattr(plumbing.os, "sched_getaffinity", lambda _: range(threads + 3), raising=False)
+    with pytest.raises(ZeroDivisionError), plumbing.all_threads():
+        assert torch.get_num_threads() == threads + 3
+        _ = 1 / 0
+    assert torch.get_num_threads() == threads
+
+
+def test_vllm_takes_what_the_fullest_gpu_has_left(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
+    monkeypatch.setattr(plumbing, "gather", lambda mine: [*mine, 0.61])
+    device = torch.device("cuda", 0)
+    assert plumbing.vllm_share(device, 12e9) == 0.61
+    monkeypatch.setattr(plumbing, "gather", lambda mine: mine)
+    assert plumbing.vllm_share(device, 12e9) == 0.81  # (79 - 1.5 - 12) / 80
+    with pytest.raises(UserError, match="leave vLLM nothing"):
+        plumbing.vllm_share(device, 78e9)

@@ -18,8 +18,7 @@ single time. A side whose package is not installed is named and left out. On a G
 `lens`: forward and backward of clipped policy loss + JS between two layers; against plain autograd on whole logits,
 against its own floor (the six products with the head alone), and against Liger's fused JSD loss (JSD alone, without
 policy loss, from `liger-kernel`). `step`: random weights in the shape of SmolLM2-135M, 16 rollouts; GRPO (both weights
-0, nothing else computed), GRPO that measures both JS for the log, OISD, and `GRPOTrainer.compute_loss` of TRL on the
-same rollouts, padded. Memory is the peak above what inputs, model and the gradients of the step before take. What a
+0, and no JS measured for the log), OISD, and `GRPOTrainer.compute_loss` of TRL on the same rollouts, padded. Memory is the peak above what inputs, model and the gradients of the step before take. What a
 side's loss and gradient were is read after its time is taken.
 
 `grader`: `grader.py` with two workers, their start included, against math-verify called one by one in this
@@ -206,8 +205,8 @@ def facts_of(loss, model):
     return {"policy loss": loss.item(), "gradient": gradient}
 
 
-def step_grpo(options, **changes):
-    return step_ours(options, think_weight=0.0, attention_weight=0.0, **changes)
+def step_grpo(options):
+    return step_ours(options, think_weight=0.0, attention_weight=0.0, measure_js=False)
 
 
 def step_trl(options):
@@ -364,8 +363,7 @@ def sampler_side(ours):
 
 SIDES = {
     "lens": {"ours": lens_ours, "dense": lens_dense, "floor": lens_floor, "liger JSD": lens_liger},
-    "step": {"our GRPO": lambda options: step_grpo(options, measure_js=False), "GRPO, JS measured": step_grpo,
-             "our OISD": step_ours, "TRL's GRPO": step_trl},
+    "step": {"our GRPO": step_grpo, "our OISD": step_ours, "TRL's GRPO": step_trl},
     "attention": {f"{t} tokens {s} steps": attention_side(t, s) for t, s in ((1024, 64), (4096, 64), (16384, 64),
                                                                                 (16384, 256), (16384, 1024))},
     "packing": {f"{name} {share} % real": packing_side(name == "packed", share)
