@@ -388,7 +388,7 @@ def test_checkpointed_is_not_checkpointed(family, count):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inputs.recompute_some(model, count)
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     run = run_of(model, config)
     sums = oisd.accumulate_gradients(run, rollouts, 10**6)
     twice = [index for index in range(4) if calls.count(index) == 2]

@@ -388,7 +388,8 @@ def test_a_full_disk_is_seen_before_the_first_step(toy, tmp_path, monkeypatch, c
 
 def test_rollouts_travel_as_arrays_and_arrive_as_they_were():
     logprobs = torch.randn(8192).tolist()  # float32, as samplers give them
-    rollout = oisd.Rollout([1, 2], list(range(8192)), logprobs, "stop", row=3, advantage=torch.ones(8192), notes={"a": 1})
+    ids, ones = list(range(8192)), torch.ones(8192)
+    rollout = oisd.Rollout([1, 2], ids, logprobs, "stop", row=3, advantage=ones, notes={"a": 1})
     sent = pickle.dumps(rollout)
     arrived = pickle.loads(sent)
     for name, value in vars(rollout).items():

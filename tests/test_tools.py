@@ -61,8 +61,8 @@ def test_preflight_outlives_a_stage_that_hangs(tmp_path):
 def test_preflight_goes_on_after_a_stage_that_fails(tmp_path):
     """The run to be resumed fails: one FAIL, one row left out, and the report has both."""
     command = [sys.executable, str(ROOT / "tools" / "preflight.py"), "--only", "resume", "--ranks", "1"]
-    words = ["--report", str(tmp_path / "report.md"), "--folder", str(tmp_path / "folder"), "--train_data", "nowhere.jsonl"]
-    process = subprocess.run([*command, *words], capture_output=True, text=True)
+    words = ["--report", tmp_path / "report.md", "--folder", tmp_path / "folder", "--train_data", "nowhere.jsonl"]
+    process = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
     report = (tmp_path / "report.md").read_text()
     assert process.returncode == 1 and report.count("FAIL") == 1, process.stdout + process.stderr
     assert "| resume again | left out |" in report and "1 failed: two steps and an export" in report

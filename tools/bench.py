@@ -18,8 +18,9 @@ single time. A side whose package is not installed is named and left out. On a G
 `lens`: forward and backward of clipped policy loss + JS between two layers; against plain autograd on whole logits,
 against its own floor (the six products with the head alone), and against Liger's fused JSD loss (JSD alone, without
 policy loss, from `liger-kernel`). `step`: random weights in the shape of SmolLM2-135M, 16 rollouts; GRPO (both weights
-0, and no JS measured for the log), OISD, and `GRPOTrainer.compute_loss` of TRL on the same rollouts, padded. Memory is the peak above what inputs, model and the gradients of the step before take. What a
-side's loss and gradient were is read after its time is taken.
+0, and no JS measured for the log), OISD, and `GRPOTrainer.compute_loss` of TRL on the same rollouts, padded. Memory is
+the peak above what inputs, model and the gradients of the step before take. What a side's loss and gradient were is
+read after its time is taken.
 
 `grader`: `grader.py` with two workers, their start included, against math-verify called one by one in this
 process on whole responses. The responses are made: 16 to each problem, half with its gold in the box, 40 % with
