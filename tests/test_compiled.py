@@ -1,6 +1,7 @@
 """What runs compiled on a GPU, compiled here for the processor: its numbers, its memory, its number of variants."""
 
 import dataclasses
+import os
 import re
 import shutil
 
@@ -13,15 +14,20 @@ import oisd
 import rows
 from test_oisd import CONFIG, tokens_of
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"),
+    pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's code needs vectors"),
+]
 V = 1000
 FORMS = [(1, 0, 1.0), (1, 1, 1.0), (2, 0, 0.7), (2, 1, 0.7), (2, 2, 0.7), (2, 2, 1.3)]  # layers, learning, tau
 
 
 @pytest.fixture
-def everything_compiled(monkeypatch):
+def everything_compiled(monkeypatch, tmp_path):
     for module in (oisd, rows):
         monkeypatch.setattr(module, "on_gpu", lambda logits: len(logits) > 1)
+    # Its cache on disk does not know ATEN_CPU_CAPABILITY: code made for AVX-512 would be run with AVX2, and be wrong.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     rows.compiled.cache_clear()
 
