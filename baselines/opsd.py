@@ -62,7 +62,6 @@ class OpsdConfig(Config):
     max_teacher_tokens: AtLeastOne = 8192  # problems whose teacher has a longer prompt are dropped and counted
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.think_weight or self.attention_weight:
             weights = f"think_weight = {self.think_weight}, attention_weight = {self.attention_weight}"
             raise UserError(f"{weights}: OPSD's loss is weighted by think_weight, and the other has to be 0")
@@ -71,6 +70,7 @@ class OpsdConfig(Config):
                 raise UserError(f"{name} = {getattr(self, name)!r}: OPSD has no such thing, leave it {usual!r}")
         if "{question}" not in self.solution_template or "{solution}" not in self.solution_template:
             raise UserError(f"solution_template = {self.solution_template!r} lacks {{question}} or {{solution}}")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
