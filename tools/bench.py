@@ -572,7 +572,7 @@ def bench_memory(options):
         return measure_memory(options.words)
     for ranks in (1, 2):
         sizes = " and ".join(f"{size / 1e9:.2f}" for size in measured(options.words, ranks))
-        planned = plan.plan(oisd.load_config(options.words)[1], ranks).training / 1e9
+        planned = plan.trace(oisd.load_config(options.words)[1], ranks).training / 1e9
         print(f"{ranks} rank(s): measured {sizes} GB, planned {planned:.2f} GB each", flush=True)
 
 

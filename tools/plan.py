@@ -132,8 +132,6 @@ def micro_batch(model: TappedModel, batch: oisd.PackedBatch) -> None:
 def plan(config: Config, gpus: int) -> Plan:
     """Raises: UserError if the model's config cannot be read."""
     start = time.monotonic()
-    config = dataclasses.replace(config, attention="sdpa")
-    inputs.read_model_config(config)
     found = trace(config, gpus)
     kept = 0
     if config.recompute_layers:
@@ -147,7 +145,9 @@ def recomputed(config: Config, layers: int) -> int:
 
 
 def trace(config: Config, gpus: int) -> Plan:
-    """A plan, but for its last two figures."""
+    """A plan without `kept_layer` and `seconds`. Raises: UserError, as `plan` does."""
+    config = dataclasses.replace(config, attention="sdpa")  # which `planned_kernels` replaces
+    inputs.read_model_config(config)
     real = oisd.pack(longest_batch(config), config)
     shell = TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
