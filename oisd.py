@@ -1109,7 +1109,7 @@ def _lens_rows(logits: Tensor, targets: Tensor, config: Config, learning: int) -
     # As tensors: torch.compile would compile anew for every number.
     T = logits.new_full((), 1 / (LN2 * config.temperature), dtype=exact)
     tau = logits.new_full((), 1 / (LN2 * config.distill_temperature), dtype=exact)
-    policy_stats = top, log_total, entropy = kernel(row_stats, policy, T)
+    policy_stats = top, log_total, entropy, _ = kernel(row_stats, policy, T)
     logprobs = (policy.gather(1, targets[:, None]).to(exact) * T - top - log_total) * LN2
     found = [logprobs, entropy]
     if len(logits) > 1:

@@ -3,7 +3,8 @@
 Logits are read as bits, z / (T log 2): processors are quicker at 2^x than at e^x. `scale` is 1 / (T log 2), a tensor
 because torch.compile would compile again for every number. The compiled kernels are loops over a row that keep nothing
 of size (n, V) but what they write in place of the logits. A value that both a sum and a write need would have to go
-through memory, so it is computed twice instead. `tests/test_compiled.py` reads the generated code to make sure.
+through memory, so it is computed twice instead. `tests/test_compiled.py` reads the generated code to make sure. A CPU,
+with a few rows in its cache, keeps such values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 LN2 = math.log(2)
-Stats = tuple[Tensor, Tensor, Tensor]
+Stats = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]
 
 
 def on_gpu(logits: Tensor) -> bool:
@@ -39,20 +40,26 @@ compiled = functools.cache(functools.partial(torch.compile, fullgraph=True))
 
 
 def row_stats(logits: Tensor, scale: Tensor) -> Stats:
-    """Largest of a row's bits, log2 of the sum of 2^(bits - largest), and entropy in nats. (n, V) -> (n, 1) each."""
+    """Largest of a row's bits, log2 of the sum of 2^(bits - largest), and entropy in nats. (n, V) -> (n, 1) each.
+
+    Uncompiled, what `softmax_rows` would compute again is kept with them.
+    """
     bits = logits.to(scale.dtype) * scale
     top = bits.amax(-1, keepdim=True)
     bits -= top
     powers = bits.exp2()
     total = powers.sum(-1, keepdim=True)
     log_total = total.log2()
-    mean = powers.mul_(bits).sum(-1, keepdim=True) / total
-    return top, log_total, LN2 * (log_total - mean)
+    entropy = LN2 * (log_total - (powers * bits).sum(-1, keepdim=True) / total)
+    kept = () if torch.compiler.is_compiling() else (powers.div_(total), bits.sub_(log_total))
+    return top, log_total, entropy, kept
 
 
 def softmax_rows(logits: Tensor, stats: Stats, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """p and log2 p, (n, V) each."""
-    top, log_total, _ = stats
+    """p and log2 p, (n, V) each. To be read only."""
+    top, log_total, _, kept = stats
+    if kept:
+        return kept
     bits = logits.to(scale.dtype) * scale
     bits -= top
     bits -= log_total
