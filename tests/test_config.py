@@ -105,6 +105,8 @@ def test_bad_tables_get_one_line(tmp_path):
     for text, message in (
         ("[a]\nnum_steps = '3'", "valid integer"),
         ("[a]\nnum_step = 3", "did you mean 'num_steps'"),
+        ("[a]\ngradient_checkpointing = true", "it is now recompute_layers"),
+        ("[a]\njs_clip = 0.0", "it is now OPSD's alone"),
         ("[a]\nthinking = 1", "valid boolean"),
         ("[a]\nlearning_rate = true", "valid number"),
         ("[a]\nbase = 'b'\n[b]\nbase = 'a'", "its own base"),

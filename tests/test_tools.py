@@ -2,12 +2,13 @@
 
 import csv
 import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from tools import preflight
 
@@ -52,10 +53,36 @@ def test_every_side_computes_the_same_loss():
     assert ours == pytest.approx(dense, rel=1e-4) and math.isfinite(sum(ours))
 
 
-def test_preflight_outlives_a_stage_that_hangs(tmp_path):
-    options = SimpleNamespace(folder=str(tmp_path), ranks=1, words=[], limit=0.05)
-    ((name, passed, said),), _ = preflight.execute("machine", 1, options)
+HANGS = """
+import os, pathlib, sys, time
+path = pathlib.Path(sys.argv[4], "pid" + os.environ["RANK"])
+path.with_suffix(".part").write_text(str(os.getpid()))
+path.with_suffix(".part").rename(path)
+time.sleep(1000)
+"""
+
+
+def test_preflight_outlives_a_stage_that_hangs(tmp_path, monkeypatch):
+    """Nor are its workers left, each in a session of its own; the limit is reached when both hang."""
+    pids = [tmp_path / "pid0", tmp_path / "pid1"]
+
+    class UntilBothHang(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout == "both":
+                for pid in pids:
+                    wait_for(pid, self)
+                raise subprocess.TimeoutExpired("", 0)
+            return super().wait(timeout)
+
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.setattr(preflight, "__file__", str(tmp_path / "hangs.py"))
+    monkeypatch.setattr(preflight.subprocess, "Popen", UntilBothHang)
+    options = SimpleNamespace(folder=str(tmp_path), ranks=2, words=[], limit="both")
+    ((name, passed, said),), _ = preflight.execute("machine", 2, options)
     assert (name, passed) == ("machine", False) and "ran past --limit" in said
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
 
 
 def test_preflight_goes_on_after_a_stage_that_fails(tmp_path):

@@ -455,12 +455,15 @@ def execute(stage, ranks, options):
             ended = f"ended with {process.wait(timeout=options.limit)}"
         except subprocess.TimeoutExpired:
             ended = f"ran past --limit {options.limit} s"
+            process.terminate()  # a launcher then ends its workers, each in a session of its own, after 30 s by force
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it, or what it has left of its workers
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     if process.returncode:
-        said = [line for line in log.read_text().splitlines() if "Error" in line or "error:" in line]
+        said = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line or "error:" in line]
         found.append([stage, False, f"{ended}: {said[-1].strip()[:200] if said else 'no word'}"])
     else:
         log.unlink()
