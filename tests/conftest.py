@@ -1,5 +1,6 @@
 """A small model that answers sums at random, and what runs of the program share."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,6 +22,12 @@ from test_oisd import SHAPE
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_DATA = ROOT.parent / "shared" / "data"
 needs_paper_data = pytest.mark.skipif(not PAPER_DATA.exists(), reason="the paper's data are not part of the repository")
+needs_vectors = pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's code for a CPU needs vectors"
+)
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is installed on GPUs, or as its CPU build in .ci/run"
+)
 
 def make_toy(folder, tied):
     """A small Qwen3 that has learnt to answer any sum with \\boxed{1}, \\boxed{2} or \\boxed{3}, at random."""

@@ -1,12 +1,12 @@
 """What runs compiled on a GPU, compiled here for the processor: its numbers, its memory, its number of variants."""
 
 import dataclasses
-import os
 import re
 import shutil
 
 import pytest
 import torch
+from conftest import needs_vectors
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
@@ -16,7 +16,7 @@ from test_oisd import CONFIG, tokens_of
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"),
-    pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's code needs vectors"),
+    needs_vectors,
 ]
 V = 1000
 FORMS = [(1, 0, 1.0), (1, 1, 1.0), (2, 0, 0.7), (2, 1, 0.7), (2, 2, 0.7), (2, 2, 1.3)]  # layers, learning, tau

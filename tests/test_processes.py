@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_metrics, launch, read_metrics, toy_arguments
+from conftest import ROOT, assert_same_metrics, launch, needs_vectors, needs_vllm, read_metrics, toy_arguments
 from safetensors.torch import load_file
 from test_vllm import run_probe
 
@@ -233,9 +233,10 @@ def test_a_rank_that_dies_takes_the_run_down(toy, tmp_path, cause):
         assert state["step"] == len(read_metrics(folder))
 
 
+@needs_vllm
+@needs_vectors
 def test_two_ranks_with_an_engine_each(toy, tmp_path):
     """Different rollouts by rank, log-probs that agree after every update, an export that vLLM loads."""
-    pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
     folder = tmp_path / "run"
     changes = {"sampler": "vllm", "num_steps": 3, "learning_rate": 1e-2, "rollouts_every": 1, "test_data": ""}
     process = launch(ROOT / "oisd.py", *toy_arguments(toy, folder, **changes))

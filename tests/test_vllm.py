@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, in_order, read_metrics, start_run, toy_arguments, toy_sampler
+from conftest import ROOT, in_order, needs_vectors, needs_vllm, read_metrics, start_run, toy_arguments, toy_sampler
 
 import oisd
 from test_oisd import run_of
+
+pytestmark = [needs_vllm, needs_vectors]
 
 
 @pytest.mark.parametrize("kind", ["toy", "untied_toy"])
 def test_vllm_engine_follows_the_trainer(kind, request, tmp_path):
     """A real engine: the trainer's log-probs before and after an update; without the sync the gap is caught."""
-    pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
     gaps = run_probe(request.getfixturevalue(kind), tmp_path)
     print(kind, gaps)
     assert max(gaps[when] for when in ("loaded", "before", "after")) < 1e-3 and "did not arrive" in gaps["unsynced"]
@@ -27,7 +28,6 @@ def test_vllm_engine_follows_the_trainer(kind, request, tmp_path):
 
 def test_the_program_with_vllm(toy, tmp_path):
     """Three steps at a learning rate that changes everything: each is sampled from the weights of the one before."""
-    pytest.importorskip("vllm", reason="vLLM is installed on GPUs, or as its CPU build in .ci/run")
     run = tmp_path / "run"
     process = start_run(toy_arguments(toy, run, sampler="vllm", num_steps=3, learning_rate=1e-2))
     shown = process.communicate(timeout=600)[0]
