@@ -13,27 +13,27 @@ ones push it away. The final layer alone acts; nothing is added to inference. On
     2  reward 1 if the last \\boxed{} equals the gold answer, else 0                          `Grader`
     3  A = (r - mean_G) / (std_G + 1e-6), exactly 0 where a group agrees                     `group_advantages`
     4  old_logprobs = log pi(y_t | y_<t) before any update; compare with the sampler's       `set_old_logprobs`
-    5  for each mini-batch of prompts, N = its response tokens, S = its sampled decoding steps:
+    5  for each mini-batch of prompts, R rollouts i with T_i response tokens, N in all, and S_i sampled decoding steps:
     6      h^l, q^l, k^l, h^L, q^L, k^L from one forward pass                                `TappedModel`
-    7      L_GRPO  = 1/N sum -min(ratio A, clip(ratio) A)                          Eq. 11    `policy_loss_sum`
-    8      L_think = 1/N sum clip(A) JS(p^l || sg p^L)                             Eq. 5-7   `think_loss_sum`
-    9      L_attn  = 1/S sum clip(A) mean_h JS(a^l,h || sg a^L,h) over K_t         Eq. 8-10  `attention_loss_sum`
-   10      one AdamW step on L_GRPO + think_weight L_think + attention_weight L_attn          `update_policy`
+    7      L_GRPO  = 1/N sum_i sum_t -min(ratio A, clip(ratio) A)                            `policy_loss_sum`
+    8      L_think = 1/R sum_i 1/T_i sum_t clip(A) JS(p^l || sg p^L)               Eq. 5-7   `internal_loss_sum`
+    9      L_attn  = 1/R sum_i 1/S_i sum_t clip(A) mean_h JS(a^l,h || sg a^L,h)    Eq. 8-10  `internal_loss_sum`
+   10      one AdamW step on L_GRPO + think_weight L_think + attention_weight L_attn  Eq. 11 `update_policy`
 
     python oisd.py                                               a small model learns, on a laptop
     accelerate launch oisd.py --config configs.toml:qwen3_4b     the paper's main run
 
-Where the paper leaves a choice, this file takes: the lens with the final norm; the gradient of L_think into head and
-norm too; tau = c = 1; 64 decoding steps per rollout, evenly spaced instead of drawn, so that any split into batches
-agrees; 64 local and at most 64 strided keys; heads matched by index; N and S counted over the whole optimizer step; old
-log-probs recomputed by the trainer. The README's table of deviations gives the source of each. What any trainer has
-stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py` reads settings;
-`rows.py` has the kernels of the lens pass.
+Where the paper states no value, this file takes: the gradient of L_think into head and norm too; tau = c = 1; 64
+decoding steps per rollout, evenly spaced instead of drawn, so that any split into batches agrees; 64 local and at most
+64 strided keys; old log-probs recomputed by the trainer. The README's table of deviations has them all. What any
+trainer has stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py`
+reads settings; `rows.py` has the kernels of the lens pass.
 The paper's other rows are tables of `configs.toml`; PPO and OPSD, in `baselines/`, take the places of `Method`.
 
 Dimensions, single capitals throughout:
     B prompts   G rollouts per prompt   T tokens of a packed micro-batch   N response tokens   V vocabulary
-    D hidden size   H query heads   Q key/value heads   d head size   S sampled decoding steps   K sampled keys
+    R rollouts of an update   D hidden size   H query heads   Q key/value heads   d head size
+    S sampled decoding steps   K sampled keys
 One alignment rule: index t is the *predicted* token; what predicts it, its query, sits at t - 1.
 """
 
@@ -148,11 +148,12 @@ class Config:
     policy_weight: NotNegative = 1.0  # weight of L_GRPO; 0: the internal losses alone
     policy_layer: Count = 0  # BuPO: at first the policy of this layer is optimised; 0: always the last layer's
     policy_layer_steps: Count = 0  # BuPO: for so many steps
-    lens_norm: bool = True  # BuPO: read that layer with the final norm
     # OISD
     student_layer: AtLeastOne = 6  # l, counted from 1, below the last layer, which is the teacher
     think_weight: NotNegative = 1.0  # weight of L_think; 0: off
     attention_weight: NotNegative = 0.1  # weight of L_attn; 0: off
+    internal_mean: Literal["rollout", "token"] = "rollout"  # of both, over rollouts as in Eq. 7-11, or over tokens
+    lens_norm: bool = True  # read inner layers through the final norm, as in Eq. 5; false: as BuPO's code does
     measure_js: bool = True  # log both JS even if their weights are 0; false: compute only what is trained
     distill_temperature: Positive = 1.0  # tau, temperature of both lens distributions
     advantage_clip: Positive = 1.0  # c, the internal losses weigh by clip(A, -c, c)
@@ -264,7 +265,8 @@ def load_config(arguments: Sequence[str] | None = None, kind: type[Config] = Con
     if "output_dir" in given:
         raise UserError("--resume continues in the run's own folder: leave --output_dir out")
     table, values = read_table(kind, f"{folder}/config.toml:")
-    before = dataclasses.asdict(kind(**values))  # a run of an older version may lack a field
+    values.setdefault("internal_mean", "token")  # runs of version 0.2 know no other
+    before = dataclasses.asdict(kind(**values))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != before[name]:
             raise UserError(f"--resume: {name} = {value!r}, but the run in {folder} has {before[name]!r}")
@@ -528,10 +530,19 @@ class PackedBatch:
     sampler_logprobs: Tensor  # (N,)
     queries: Tensor  # (S,) index in the row of each sampled decoding step's query
     query_advantages: Tensor  # (S,) their rollout's
+    token_scales: Tensor  # (N,) what each counts in L_think, see `internal_loss_sum`
+    query_scales: Tensor  # (S,) what each counts in L_attn
 
 
-def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(
+    rollouts: Sequence[Rollout],
+    config: Config,
+    device: torch.device | str = "cpu",
+    update: Sequence[Rollout] | None = None,
+) -> PackedBatch:
     """Concatenate rollouts. A response token is what follows the prompt: the mask comes from lengths alone.
+
+    `update`: all rollouts of the optimizer update, on all ranks, of which these are a part; without it, these.
 
     Two rollouts, "8 9" after the prompt "5 6" and "7 1 4" after "5", with attention_steps = 2:
 
@@ -542,7 +553,9 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
     Without rollouts the row is one token and no response, N = S = 0: a rank that has nothing to do still takes part.
     """
     row, positions, borders, predicted, queries = [], [], [0], [], []
-    advantages, query_advantages, old = [], [], []  # a tensor per rollout
+    advantages, query_advantages, old, token_scales, query_scales = [], [], [], [], []  # a tensor per rollout
+    whole = rollouts if update is None else update
+    mean_tokens, mean_steps = (count / max(1, len(whole)) for count in counts(whole, config))  # N / R, S / R
     for rollout in rollouts or [Rollout([0], [], [], "stop")]:
         first, count = len(row) + len(rollout.prompt_ids), len(rollout.response_ids)  # of its response tokens
         row += rollout.prompt_ids + rollout.response_ids
@@ -553,6 +566,9 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
         queries += [first - 1 + step for step in steps]
         advantages.append(torch.as_tensor(rollout.advantage).expand(count))
         query_advantages.append(advantages[-1][steps])
+        by_token = config.internal_mean == "token" or not steps
+        token_scales.append(torch.full((count,), 1.0 if by_token else mean_tokens / count))
+        query_scales.append(torch.full((len(steps),), 1.0 if by_token else mean_steps / len(steps)))
         old.append(torch.zeros(count) if rollout.old_logprobs is None else rollout.old_logprobs)
     row, predicted = torch.tensor(row), torch.tensor(predicted, dtype=torch.long)
     batch = PackedBatch(
@@ -568,6 +584,8 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
         sampler_logprobs=torch.tensor([value for rollout in rollouts for value in rollout.sampler_logprobs]),
         queries=torch.tensor(queries, dtype=torch.long),
         query_advantages=torch.cat(query_advantages),
+        token_scales=torch.cat(token_scales),
+        query_scales=torch.cat(query_scales),
     )
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     if torch.device(device).type == "cuda":  # pinned, so that copying does not wait for the work before it
@@ -576,8 +594,10 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: torch.device | str
     return dataclasses.replace(batch, **moved)
 
 
-def sampled_steps(rollout: Rollout, config: Config) -> int:
-    return min(config.attention_steps, len(rollout.response_ids))
+def counts(rollouts: Sequence[Rollout], config: Config) -> tuple[int, int]:
+    """N and S: response tokens, and of these the sampled decoding steps."""
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return sum(lengths), sum(min(config.attention_steps, length) for length in lengths)
 
 
 def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, ranks: int = 1) -> list[list[int]]:
@@ -766,21 +786,22 @@ class TappedModel(nn.Module):
     def head(self) -> Tensor:
         return self.model.get_output_embeddings().weight  # (V, D), W_u
 
-    def lens_hidden(self, hidden: Tensor, detach: bool = False) -> Tensor:
-        """RMSNorm_final(h), Eq. 5; with `detach`, no gradient to the norm's own weight. (..., D) -> (..., D)."""
-        norm = getattr(self.model.get_decoder(), self.norm_name)
-        if not detach:
-            return self.scaled(norm(hidden))
-        frozen = {name: parameter.detach() for name, parameter in norm.named_parameters()}
-        return self.scaled(torch.func.functional_call(norm, frozen, (hidden,)))
+    def lens_hidden(self, hidden: Tensor, norm: bool = True, detach: bool = False) -> Tensor:
+        """What the head reads of a layer: RMSNorm_final(h), Eq. 5, or without `norm` h itself. (..., D) -> (..., D).
+
+        With `detach`, no gradient reaches the norm's own weight.
+        """
+        final_norm = getattr(self.model.get_decoder(), self.norm_name)
+        frozen = {name: parameter.detach() for name, parameter in final_norm.named_parameters() if detach}
+        return self.scaled(torch.func.functional_call(final_norm, frozen, (hidden,)) if norm else hidden)
 
     def scaled(self, normed: Tensor) -> Tensor:
         """What the head is multiplied by: models that scale their logits might as well scale what comes before."""
         return normed if self.logit_scale == 1 else normed * self.logit_scale
 
-    def lens(self, hidden: Tensor) -> Tensor:
+    def lens(self, hidden: Tensor, norm: bool = True) -> Tensor:
         """z = W_u RMSNorm_final(h), Eq. 5, dense, for reading: (..., D) -> (..., V). The losses use `LensPass`."""
-        return F.linear(self.lens_hidden(hidden), self.head)
+        return F.linear(self.lens_hidden(hidden, norm), self.head)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The decoder over a packed row; fills taps. -> final hidden states, as the head takes them: (T, D)."""
@@ -826,7 +847,7 @@ class TappedModel(nn.Module):
         if not self.policy_layer:
             return final_hidden
         hidden = self.taps[self.policy_layer - 1].hidden[0, batch.predicted - 1]
-        return self.lens_hidden(hidden) if self.config.lens_norm else self.scaled(hidden)
+        return self.lens_hidden(hidden, self.config.lens_norm)
 
     def response_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens, (N,), under the last layer and under the policy that is optimised."""
@@ -859,7 +880,7 @@ class TappedModel(nn.Module):
         self.clear_taps()
         if student_hidden is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.think_weight > 0):
-                student_hidden = self.lens_hidden(student_hidden, detach=config.lens_grad == "hidden")
+                student_hidden = self.lens_hidden(student_hidden, config.lens_norm, config.lens_grad == "hidden")
         token_loss, policy_loss, think_loss, logprobs, entropy, js, student_entropy = LensPass.apply(
             policy_hidden, student_hidden, self.head, batch, config
         )
@@ -874,7 +895,7 @@ class TappedModel(nn.Module):
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.attention_weight > 0):
             js = attention_js(self.student_tap, self.taps[-1], batch, config)
-            loss = attention_loss_sum(js, internal_weights(batch.query_advantages, config))
+            loss = internal_loss_sum(js, batch.query_advantages, batch.query_scales, config)
         sums = {"step_loss": config.attention_weight * loss, "attention_loss": loss.detach()}
         return sums | by_sign("attention_js", js.detach(), batch.query_advantages)
 
@@ -917,23 +938,16 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
     return (old_logprobs - sampler_logprobs).exp().clamp(max=cap) if cap else torch.ones_like(old_logprobs)
 
 
-def internal_weights(advantages: Tensor, config: Config) -> Tensor:
-    """clip(A, -c, c), by which both internal losses weigh; for an ablation, only where A has one sign. Same shape."""
-    c, sign = config.advantage_clip, config.advantage_sign
-    return advantages.clamp(0.0 if sign == "positive" else -c, 0.0 if sign == "negative" else c)
+def internal_loss_sum(js: Tensor, advantages: Tensor, scales: Tensor, config: Config) -> Tensor:
+    """L_think of Eq. 7 before its division by N, L_attn of Eq. 10 before that by S: sum of scale clip(A, -c, c) JS.
 
-
-def think_loss_sum(js: Tensor, weights: Tensor) -> Tensor:
-    """L_think of Eq. 7 before its division by N: sum of clip(A, -c, c) JS. (N,), (N,) -> ().
-
-    Minimised: a positive advantage lowers the divergence of student and teacher, a negative one raises it.
+    (n,) three times -> (), gradient to `js` alone. Minimised: a positive advantage lowers the divergence of student and
+    teacher, a negative one raises it. `scales` make of the mean over all n what `internal_mean` says: N / (R T_i), and
+    S / (R S_i) for L_attn, leave 1 / (R T_i), a mean over rollouts of means over the tokens of each; 1 leaves 1 / N.
     """
-    return (weights * js).sum()
-
-
-def attention_loss_sum(js: Tensor, weights: Tensor) -> Tensor:
-    """L_attn of Eq. 10 before its division by S; `js` is the mean over heads. (S,), (S,) -> (). Sign as in L_think."""
-    return (weights * js).sum()
+    c, sign = config.advantage_clip, config.advantage_sign  # for an ablation, only advantages of one sign count
+    clipped_advantages = advantages.clamp(0.0 if sign == "positive" else -c, 0.0 if sign == "negative" else c)
+    return (scales * clipped_advantages * js).sum()
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -1153,7 +1167,7 @@ def token_losses(logprobs: Tensor, js: Tensor, batch: PackedBatch, rows: slice, 
     old, sampled, advantages = batch.old_logprobs[rows], batch.sampler_logprobs[rows], batch.advantages[rows]
     weights = importance_weights(old, sampled, config.importance_cap)
     policy_loss = policy_loss_sum(logprobs, old, advantages, config, weights)
-    return policy_loss, think_loss_sum(js, internal_weights(advantages, config))
+    return policy_loss, internal_loss_sum(js, advantages, batch.token_scales[rows], config)
 
 
 # ----------------------------------------------------- One step ------------------------------------------------------
@@ -1210,10 +1224,10 @@ def accumulate_gradients(run: Run, rollouts: Sequence[Rollout], max_tokens: int)
     no split changes a gradient. FSDP2 averages gradients over ranks; the factor `world()` makes that a sum.
     """
     config, totals = run.config, {}
-    N = sum(len(rollout.response_ids) for rollout in rollouts)  # of all ranks: each knows all rollouts
-    S = sum(sampled_steps(rollout, config) for rollout in rollouts)
+    N, S = counts(rollouts, config)  # of all ranks: each knows all rollouts
     for indices in micro_batches(rollouts, max_tokens, world())[rank() :: world()]:
-        sums = run.model(run.model.losses, pack([rollouts[i] for i in indices], config, run.accelerator.device))
+        batch = pack([rollouts[i] for i in indices], config, run.accelerator.device, update=rollouts)
+        sums = run.model(run.model.losses, batch)
         loss = sums.pop("token_loss") / N + sums.pop("step_loss") / S
         (world() * loss).backward()
         for name, value in sums.items():
@@ -1261,9 +1275,7 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
 
 def step_means(totals: dict[str, float], rollouts: Sequence[Rollout], config: Config) -> dict[str, float | None]:
     """Sums over a step -> means per token or per sampled decoding step; None where there is nothing to average."""
-    N = sum(len(rollout.response_ids) for rollout in rollouts)
-    S = sum(sampled_steps(rollout, config) for rollout in rollouts)
-    means = {}
+    (N, S), means = counts(rollouts, config), {}
     for name, value in totals.items():
         if not name.endswith("_count"):
             count = totals.get(f"{name}_count", S if name.startswith("attention") else N)

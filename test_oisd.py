@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import inputs
 import oisd
@@ -121,8 +122,8 @@ def test_think_gradient_is_the_closed_form(advantage, temperature):
     student = torch.randn(6, 17, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 17, dtype=torch.float64)
     js = oisd.js_divergence(student, teacher, temperature)
-    weights = oisd.internal_weights(torch.full((6,), advantage, dtype=torch.float64), CONFIG)
-    (oisd.think_loss_sum(js, weights) / 6).backward()
+    advantages = torch.full((6,), advantage, dtype=torch.float64)
+    (oisd.internal_loss_sum(js, advantages, torch.ones(6), CONFIG) / 6).backward()
     p, q = (student.detach() / temperature).softmax(-1), (teacher / temperature).softmax(-1)
     m = (p + q) / 2
     kl = (p * (p / m).log()).sum(-1, keepdim=True)
@@ -150,7 +151,7 @@ def test_attention_gradient_is_the_closed_form(advantage):
     config = with_config(attention_window=3, attention_strided=2)
     js = oisd.attention_js(student, teacher, batch, config, chunk=2)
     advantages = torch.full((S,), advantage, dtype=torch.float64)
-    (oisd.attention_loss_sum(js, oisd.internal_weights(advantages, CONFIG)) / S).backward()
+    (oisd.internal_loss_sum(js, advantages, torch.ones(S), CONFIG) / S).backward()
     query_grad, key_grad = torch.zeros(H, T, d, dtype=torch.float64), torch.zeros(Q, T, d, dtype=torch.float64)
     for step, t in enumerate(queries.tolist()):
         K = keys_by_hand(t, 3, 2)
@@ -261,20 +262,21 @@ def dense_stats(final, student, head, targets, config):
     return policy.gather(1, targets[:, None])[:, 0], entropy, js, student_entropy
 
 
-def dense_gradients(final, student, head, targets, advantages, old, config):
+def dense_gradients(final, student, head, targets, advantages, scales, old, config):
     inputs = [x.clone().requires_grad_() for x in (final, student, head)]
     student_head = inputs[2] if config.lens_grad == "all" else head
     logprobs, *_ = dense_stats(inputs[0], inputs[1], inputs[2], targets, config)
     student_logits, final_logits = F.linear(inputs[1], student_head), F.linear(inputs[0], inputs[2])
     js = oisd.js_divergence(student_logits, final_logits, config.distill_temperature)
     loss = oisd.policy_loss_sum(logprobs, old, advantages, config)
-    loss = loss + config.think_weight * oisd.think_loss_sum(js, oisd.internal_weights(advantages, config))
+    loss = loss + config.think_weight * oisd.internal_loss_sum(js, advantages, scales, config)
     return loss.detach(), torch.autograd.grad(loss, inputs)
 
 
-def tokens_of(targets, advantages, old):
+def tokens_of(targets, advantages, scales, old):
     """What the lens pass looks at of a batch."""
-    return SimpleNamespace(target_ids=targets, advantages=advantages, old_logprobs=old, sampler_logprobs=old)
+    logprobs = {"old_logprobs": old, "sampler_logprobs": old}
+    return SimpleNamespace(target_ids=targets, advantages=advantages, token_scales=scales, **logprobs)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +295,11 @@ def test_chunked_lens_pass_is_the_dense_one(chunk, changes):
     N, D, V = 16, 12, 31
     final, student, head = (torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (N, D), (V, D)))
     targets, advantages = torch.randint(V, (N,)), 2 * torch.randn(N, dtype=torch.float64)
-    old = torch.randn(N, dtype=torch.float64) - 4
-    expected, expected_gradients = dense_gradients(final, student, head, targets, advantages, old, config)
+    scales, old = torch.rand(N, dtype=torch.float64) + 0.5, torch.randn(N, dtype=torch.float64) - 4
+    expected, expected_gradients = dense_gradients(final, student, head, targets, advantages, scales, old, config)
 
     inputs = [x.clone().requires_grad_() for x in (final, student, head)]
-    batch = tokens_of(targets, advantages, old)
+    batch = tokens_of(targets, advantages, scales, old)
     loss, policy, think, *stats = oisd.LensPass.apply(*inputs, batch, config)
     (3 * loss).backward()
     torch.testing.assert_close(policy + config.think_weight * think, expected, rtol=1e-12, atol=1e-12)
@@ -312,7 +314,7 @@ def test_scoring_reads_the_bits_of_training_and_a_pass_without_student_is_grpo()
     torch.manual_seed(3)
     final, student, head = (torch.randn(n, 12, dtype=torch.float64) for n in (16, 16, 31))
     targets, advantages, old = torch.randint(31, (16,)), torch.randn(16).double(), torch.randn(16).double() - 4
-    batch = tokens_of(targets, advantages, old)
+    batch = tokens_of(targets, advantages, torch.ones(16), old)
     _, _, _, logprobs, entropy, *_ = oisd.LensPass.apply(final.requires_grad_(), student, head, batch, CONFIG)
     scored = oisd.read_tokens(final, head, targets, CONFIG)
     assert torch.equal(scored[0], logprobs) and torch.equal(scored[1], entropy) and not scored[0].requires_grad
@@ -333,8 +335,8 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
     truth = [torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (N, D), (V, D))]
     targets, advantages = torch.randint(V, (N,)), torch.randn(N, dtype=torch.float64)
     old = dense_stats(*truth, targets, config)[0]
-    _, expected = dense_gradients(*truth, targets, advantages, old, config)
-    batch = tokens_of(targets, advantages.float(), old.float())
+    _, expected = dense_gradients(*truth, targets, advantages, torch.ones(N), old, config)
+    batch = tokens_of(targets, advantages.float(), torch.ones(N), old.float())
     inputs = [x.float().requires_grad_() for x in truth]
     with torch.autocast("cpu", torch.bfloat16):
         loss, _, _, *stats = oisd.LensPass.apply(*inputs, batch, config)
@@ -347,35 +349,119 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
     assert 1e-3 < (stats[0] - old).abs().max() <= 1.1 * (logprobs - old).abs().max()  # it does compute in bfloat16
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_objective_is_that_of_dense_autograd(tied):
-    """All of Eq. 11 with unequal weights, in two micro-batches, against hidden states, logits and eager attention."""
-    config, rollouts = with_config(think_weight=0.7, attention_weight=0.4), random_rollouts()
-    model = random_model(tied=tied)
-    _, mine = gradients(model, config, rollouts, max_tokens=100)
-    model = random_model(tied=tied, attention="eager")
-    token_sum, step_sum, tokens, steps = 0.0, 0.0, 0, 0
-    for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, use_cache=False)
-        predicting = slice(len(rollout.prompt_ids) - 1, -1)
-        student = model.lm_head(model.model.norm(output.hidden_states[2]))[0, predicting]  # after the second layer
-        final, targets = output.logits[0, predicting], torch.tensor(rollout.response_ids)
-        logprobs = final.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        advantages = torch.full_like(logprobs, rollout.advantage)
-        token_sum = token_sum + oisd.policy_loss_sum(logprobs, rollout.old_logprobs, advantages, config)
-        js = js_by_hand(student.softmax(-1), final.detach().softmax(-1))
-        token_sum = token_sum + 0.7 * (advantages.clamp(-1, 1) * js).sum()
-        tokens += len(targets)
-        for step in oisd.sample_attention_steps(len(targets), 5):
-            query = len(rollout.prompt_ids) - 1 + step
-            keys = keys_by_hand(query, 4, 3)
-            a, b = (output.attentions[layer][0, :, query, keys].double() for layer in (1, 3))
-            js = js_by_hand(a / a.sum(-1, keepdim=True), (b / b.sum(-1, keepdim=True)).detach())
-            step_sum = step_sum + max(-1, min(1, rollout.advantage)) * js.mean()
-            steps += 1
-    (token_sum / tokens + 0.4 * step_sum / steps).backward()
-    assert_same_gradients(mine, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-3, atol=2e-6)
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def exact_model(**settings):
+    """A model whose norms, unlike Transformers', compute in float64, so that two routes agree to 1e-12."""
+    model = random_model(**settings)
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ == "Qwen3RMSNorm":
+                exact = torch.nn.RMSNorm(len(norm.weight), norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return model
+
+
+def layer_by_hand(layer, H, rotary):
+    """Eq. 2: the residual stream (T, D) behind a decoder layer; and its queries and keys, (heads, T, d) each."""
+    attention, T = layer.self_attn, len(H)
+    x = layer.input_layernorm(H)
+    q, k, v = (projection(x).view(T, -1, 8) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (x.transpose(0, 1) for x in (attention.q_norm(q), attention.k_norm(k), v))
+    q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *rotary))
+    k, v = (x.repeat_interleave(2, dim=0) for x in (k, v))  # a key head serves two query heads
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    weights = (q @ k.mT / math.sqrt(8)).masked_fill(future, -torch.inf).softmax(-1)
+    H = H + attention.o_proj((weights @ v).transpose(0, 1).flatten(1))
+    return H + layer.mlp(layer.post_attention_layernorm(H)), q, k
+
+
+def losses_by_hand(model, rollout, config):
+    """Eq. 2 to 10 for one rollout, dense: -> sum of GRPO's loss over tokens, L_think and L_attn as in the paper."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    H = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(H, torch.arange(ids.shape[1])[None])
+    H, h, q, k = H[0], {}, {}, {}
+    for index, layer in enumerate(model.model.layers, 1):
+        H, q[index], k[index] = layer_by_hand(layer, H, rotary)
+        h[index] = H
+    inner, L, tau, M = config.student_layer, len(h), config.distill_temperature, len(rollout.prompt_ids)
+    context = slice(M - 1, -1)  # the last position of each context, where the next token is predicted
+    E_u, LN = model.lm_head.weight, model.model.norm
+    z = LN(h[L][context]) @ E_u.T  # Eq. 3
+    targets = torch.tensor(rollout.response_ids)[:, None]
+    ratio = ((z / config.temperature).log_softmax(-1).gather(1, targets)[:, 0] - rollout.old_logprobs).exp()
+    A = rollout.advantage
+    surrogate = torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+    grpo = -surrogate.clamp(min=config.dual_clip * A) if A < 0 else -surrogate
+    A = max(-config.advantage_clip, min(config.advantage_clip, A))
+
+    student = LN(h[inner][context]) if config.lens_norm else h[inner][context]
+    p, teacher = (student @ E_u.T / tau).softmax(-1), (z / tau).softmax(-1).detach()  # Eq. 5, 6
+    think = (A * js_by_hand(p, teacher)).mean()  # Eq. 7
+
+    attention = []
+    for step in oisd.sample_attention_steps(len(rollout.response_ids), config.attention_steps):
+        t, aligned = M - 1 + step, []
+        K = keys_by_hand(t, config.attention_window, config.attention_strided)
+        for layer in (inner, L):
+            a = (q[layer][:, t, None] @ k[layer][:, : t + 1].mT / math.sqrt(8)).softmax(-1)[:, 0]  # Eq. 8: (H, |c_t|)
+            aligned.append(a[:, K] / a[:, K].sum(-1, keepdim=True))  # Eq. 9
+        attention.append(A * js_by_hand(aligned[0], aligned[1].detach()).mean())  # over heads
+    return grpo.sum(), think, torch.stack(attention).mean(), len(attention)  # Eq. 10
+
+
+def objective_by_hand(model, rollouts, config):
+    """Eq. 11: L_GRPO is a mean over tokens, the internal losses are means over rollouts, or over tokens as well."""
+    grpo, think, attention, steps = zip(*(losses_by_hand(model, rollout, config) for rollout in rollouts))
+    lengths, R = [len(rollout.response_ids) for rollout in rollouts], len(rollouts)
+    of_tokens, of_steps = [1 / R] * R, [1 / R] * R
+    if config.internal_mean == "token":
+        of_tokens, of_steps = ([x / sum(counts) for x in counts] for counts in (lengths, steps))
+    loss = config.policy_weight * sum(grpo) / sum(lengths)
+    loss = loss + config.think_weight * sum(share * x for share, x in zip(of_tokens, think))
+    return loss + config.attention_weight * sum(share * x for share, x in zip(of_steps, attention))
+
+
+WEIGHTS = {
+    "all": {"think_weight": 0.7, "attention_weight": 0.4},
+    "think": {"policy_weight": 0.0, "attention_weight": 0.0},
+    "attention": {"policy_weight": 0.0, "think_weight": 0.0, "attention_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("internal_mean", ["rollout", "token"])
+@pytest.mark.parametrize("which", WEIGHTS)
+@pytest.mark.parametrize("changes", [{}, {"lens_norm": False, "distill_temperature": 2.0}], ids=["paper", "no norm"])
+def test_the_objective_is_the_papers_written_out(float64, monkeypatch, which, internal_mean, changes):
+    """Responses of 3, 17, 200, 40 and 1 tokens, in one micro-batch and in five, against dense autograd."""
+    config = with_config(**WEIGHTS[which], **changes, internal_mean=internal_mean)
+    generator = torch.Generator().manual_seed(4)
+    rollouts = []
+    for count, advantage in ((3, 0.5), (17, -0.75), (200, 1.5), (40, -2.5), (1, 0.3)):
+        prompt, response = (torch.randint(61, (n,), generator=generator).tolist() for n in (6, count))
+        old = -4 + 0.3 * torch.randn(count, generator=generator)
+        rollouts.append(oisd.Rollout(prompt, response, old.tolist(), "stop", advantage=advantage, old_logprobs=old))
+    model = exact_model(tied=which == "all")
+    expected = objective_by_hand(model, rollouts, config)
+    expected.backward()
+    dense = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    whole, mine = gradients(model, config, rollouts)
+    monkeypatch.setattr(oisd, "micro_batches", lambda *_: [[4], [2], [0], [3], [1]])
+    parts, split = gradients(model, config, rollouts)
+    assert_same_gradients(split, mine, rtol=1e-12, atol=1e-13)
+    assert parts == pytest.approx(whole, rel=1e-12)
+    dense = {name: dense.get(name, torch.zeros_like(gradient)) for name, gradient in mine.items()}
+    assert_same_gradients(mine, dense, rtol=1e-12, atol=1e-12)
+    N, S = oisd.counts(rollouts, config)
+    found = config.policy_weight * whole["policy_loss"] / N + config.think_weight * whole["think_loss"] / N
+    assert math.isclose(found + config.attention_weight * whole["attention_loss"] / S, expected.item(), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

@@ -65,7 +65,11 @@ class OpsdConfig(Config):
         if not self.think_weight or self.attention_weight:
             weights = f"think_weight = {self.think_weight}, attention_weight = {self.attention_weight}"
             raise UserError(f"{weights}: OPSD's loss is weighted by think_weight, and the other has to be 0")
-        for name in "policy_layer importance_cap lens_grad policy_weight advantage_sign gradient_norms_every".split():
+        foreign = (
+            "policy_layer importance_cap lens_grad lens_norm internal_mean policy_weight advantage_sign "
+            "gradient_norms_every"
+        )
+        for name in foreign.split():
             if getattr(self, name) != (usual := getattr(Config, name)):
                 raise UserError(f"{name} = {getattr(self, name)!r}: OPSD has no such thing, leave it {usual!r}")
         if "{question}" not in self.solution_template or "{solution}" not in self.solution_template:

@@ -443,6 +443,7 @@ def test_two_ranks_and_a_resumed_run_are_one_run(row, toy, rows_by_two, tmp_path
     ("program", "words", "said"),
     [
         (opsd.OPSD, {"advantage_sign": "negative"}, "advantage_sign = 'negative': OPSD has no such thing"),
+        (opsd.OPSD, {"internal_mean": "token"}, "internal_mean = 'token': OPSD has no such thing"),
         (opsd.OPSD, {"gradient_norms_every": 1}, "gradient_norms_every = 1: OPSD has no such thing"),
         (ppo.PPO, {"share_trunk": "true", "gradient_norms_every": 1}, "with share_trunk"),
     ],

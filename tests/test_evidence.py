@@ -222,7 +222,7 @@ def test_layers_are_measured_as_the_losses_measure_them(runs):
     with torch.no_grad():
         sums = opened.model(opened.model.losses, oisd.pack(rollouts, opened.config))
     student = rows[opened.config.student_layer - 1]
-    N, S = sum(len(r.response_ids) for r in rollouts), sum(oisd.sampled_steps(r, opened.config) for r in rollouts)
+    N, S = oisd.counts(rollouts, opened.config)
     assert student["think_js"] == pytest.approx(sums["think_js"].item() / N, rel=1e-4)
     assert student["entropy"] == pytest.approx(sums["student_entropy"].item() / N, rel=1e-4)
     assert student["attention_js"] == pytest.approx(sums["attention_js"].item() / S, rel=1e-4)

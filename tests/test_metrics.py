@@ -90,7 +90,7 @@ def step_by_hand(toy, rows, advantages, config):
     found, own, norms, cuts = defaultdict(list), {}, [], torch.zeros(3)
     start = [parameter.detach().bfloat16() for parameter in model.parameters()]
     for update in torch.arange(len(rows)).split(config.mini_batch_prompts * config.group_size):
-        apart, N = defaultdict(float), sum(len(ids[i][1]) for i in update)
+        apart, R, N = defaultdict(float), len(update), sum(len(ids[i][1]) for i in update)
         S = sum(min(config.attention_steps, len(ids[i][1])) for i in update)
         for i in update.tolist():
             A, C = advantages[i], max(-config.advantage_clip, min(config.advantage_clip, advantages[i]))
@@ -104,12 +104,15 @@ def step_by_hand(toy, rows, advantages, config):
             if config.importance_cap:
                 policy = policy * (-SHIFTS[: len(ratio)]).exp().clamp(max=config.importance_cap)
             apart["policy"] += config.policy_weight * policy.sum() / N
-            apart["think"] += config.think_weight * C * js.sum() / N
-            apart["attention"] += config.attention_weight * C * attention_js.sum() / S
+            think, attention = C * js * N / (R * len(js)), C * attention_js * S / (R * len(attention_js))
+            if config.internal_mean == "token":
+                think, attention = C * js, C * attention_js
+            apart["think"] += config.think_weight * think.sum() / N
+            apart["attention"] += config.attention_weight * attention.sum() / S
             cuts += torch.stack([high, low, dual]).sum(1)
-            values = {"policy_loss": policy, "think_loss": C * js, "think_js": js, "clip_fraction": high | low | dual}
+            values = {"policy_loss": policy, "think_loss": think, "think_js": js, "clip_fraction": high | low | dual}
             values |= {"entropy": entropy, "student_entropy": student_entropy}
-            values |= {"attention_loss": C * attention_js, "attention_js": attention_js}
+            values |= {"attention_loss": attention, "attention_js": attention_js}
             sign = "positive" if A > 0 else "negative" if A < 0 else "zero"
             values |= {f"think_js_{sign}": js, f"attention_js_{sign}": attention_js}
             for name, tensor in values.items():
@@ -133,7 +136,7 @@ def step_by_hand(toy, rows, advantages, config):
     [
         {"mini_batch_prompts": 12, "gradient_norms_every": 1},
         {"mini_batch_prompts": 6, "lens_grad": "hidden", "importance_cap": 1.2, "gradient_norms_every": 2},
-        {"mini_batch_prompts": 12, "advantage_sign": "positive", "policy_weight": 0.6},
+        {"mini_batch_prompts": 12, "advantage_sign": "positive", "policy_weight": 0.6, "internal_mean": "token"},
         {"mini_batch_prompts": 12, "advantage_sign": "negative", "gradient_norms_every": 1},
     ],
     ids=["one update", "two updates", "positive", "negative"],
@@ -315,6 +318,7 @@ MAY_CHANGE += "grader_workers max_tokens_per_gpu lens_chunk_tokens recompute_lay
 MAY_CHANGE += "vllm_eager max_logprob_gap tensor_parallel cpu_offload gradient_norms_every"
 WORDS = {"sampler": "vllm", "advantage": "rloo", "lens_grad": "hidden", "dtype": "bfloat16", "attention": "eager"}
 WORDS |= {"tracker": "tensorboard", "advantage_sign": "positive", "vllm_memory": 0.5, "recompute_layers": 1}
+WORDS |= {"internal_mean": "token"}
 
 
 def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsys):
@@ -331,6 +335,17 @@ def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsy
         elif name not in ("resume", "output_dir"):
             assert oisd.main(words) == 2, name
             assert f"--resume: {name} = {value!r}, but the run in" in capsys.readouterr().err
+
+
+def test_a_run_from_before_internal_mean_goes_on_as_it_began(toy, tmp_path):
+    run = tmp_path / "run"
+    assert oisd.main(toy_arguments(toy, run, num_steps=0, test_data="")) == 0
+    assert oisd.load_config(["--resume", str(run)])[1].internal_mean == "rollout"
+    lines = (run / "config.toml").read_text(encoding="utf-8").splitlines()
+    older = [line for line in lines if not line.startswith("internal_mean")]
+    assert len(older) == len(lines) - 1
+    (run / "config.toml").write_text("\n".join(older), encoding="utf-8")
+    assert oisd.load_config(["--resume", str(run)])[1].internal_mean == "token"
 
 
 def test_spread_weights_look_the_same_and_move_as_much_as_the_masters(toy):

@@ -29,7 +29,7 @@ oisd.plumbing.program(lambda: 0)
 """
 RUNS = {  # name: toy, settings
     "tied": ("toy", {}),
-    "untied": ("untied_toy", {}),
+    "untied": ("untied_toy", {"internal_mean": "token"}),
     "tied, checkpointed": ("toy", {"recompute_layers": "all"}),
     "untied, checkpointed": ("untied_toy", {"recompute_layers": "all"}),
     # 3 prompts for two ranks, and an odd number of micro-batches; held out, 7 problems in batches of 2

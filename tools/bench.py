@@ -69,7 +69,8 @@ def lens_inputs(options, dtype=None):
     head = (torch.randn(V, D, device=device) / D**0.5).to(dtype).requires_grad_()
     targets, advantages = torch.randint(V, (N,), device=device), torch.randn(N, device=device)
     old = torch.full((N,), -10.0, device=device)
-    batch = SimpleNamespace(target_ids=targets, advantages=advantages, old_logprobs=old, sampler_logprobs=old)
+    batch = SimpleNamespace(target_ids=targets, advantages=advantages, token_scales=torch.ones_like(advantages))
+    batch.old_logprobs = batch.sampler_logprobs = old
     return final, student, head, batch, replace(oisd.Config(), lens_chunk_tokens=options.chunk)
 
 
@@ -312,7 +313,7 @@ def packing_side(packed, percent):
             final = hidden[mask]  # losses on real tokens only: what is compared is the decoder
             numbers = torch.zeros(len(final), device=final.device)
             row = SimpleNamespace(target_ids=numbers.long(), advantages=numbers + 1, old_logprobs=numbers - 9)
-            row.sampler_logprobs = row.old_logprobs
+            row.sampler_logprobs, row.token_scales = row.old_logprobs, row.advantages
             oisd.LensPass.apply(final, final, tapped.head, row, tapped.config)[0].backward()
             return dict
 

@@ -46,6 +46,7 @@ CONFIG = dataclasses.replace(
     attention_window=5,
     attention_strided=4,
     attention_weight=1.0,
+    internal_mean="token",  # the sums compared are then plain
     max_prompt_tokens=8,
     max_response_tokens=LONGEST - 8,
     lens_chunk_tokens=16,

@@ -34,7 +34,8 @@ def main(words: list[str]) -> None:
         rollout = oisd.Rollout(problem.prompt_ids, *sample[1:], advantage=advantage)
         with torch.no_grad():
             sums = tapped(tapped.losses, oisd.pack([rollout], config))
-        think, attention = sums["think_js"] / len(sample[1]), sums["attention_js"] / oisd.sampled_steps(rollout, config)
+        N, S = oisd.counts([rollout], config)
+        think, attention = sums["think_js"] / N, sums["attention_js"] / S
         print(f"{response:42} {reward:6.0f} {advantage:+10.3f} {think:9.3f} {attention:13.3f}")
 
 

@@ -157,7 +157,8 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[st
         for rows in hidden.split(config.lens_chunk_tokens, dim=1):
             final = model.lens(rows[-1]) / config.distill_temperature
             for layer in range(layers):
-                logits = model.lens(rows[layer]) / config.distill_temperature
+                normed = config.lens_norm or layer == layers - 1
+                logits = model.lens(rows[layer], normed) / config.distill_temperature
                 logprobs = logits.log_softmax(-1)
                 totals[0, layer] += oisd.js_divergence(logits, final).double().sum().cpu()
                 totals[1, layer] -= (logprobs.exp() * logprobs).double().sum().cpu()

@@ -317,7 +317,9 @@ def measure_lens(N: int, D: int, V: int, dtype: torch.dtype, repeats: int, path:
     numbers = torch.randn(N, device=device())
     old = torch.full_like(numbers, -math.log(V))
     targets = torch.randint(V, (N,), device=device())
-    batch = SimpleNamespace(target_ids=targets, advantages=numbers, old_logprobs=old, sampler_logprobs=old)
+    ones = torch.ones_like(numbers)
+    batch = SimpleNamespace(target_ids=targets, advantages=numbers, token_scales=ones)
+    batch.old_logprobs = batch.sampler_logprobs = old
     pair = torch.zeros(2, 2**28 if torch.cuda.is_available() else 2**20, device=device())
     table.measure("copy, the memory's ceiling", lambda: pair[0].copy_(pair[1]), repeats, moved=4.0 * pair.numel())
     pair.resize_(0)

@@ -156,6 +156,7 @@ def stage_lens(options):
     numbers = torch.randn(N, device=device())
     batch = SimpleNamespace(target_ids=torch.randint(V, (N,), device=device()), advantages=numbers)
     batch.old_logprobs = batch.sampler_logprobs = torch.full_like(numbers, -math.log(V))
+    batch.token_scales = torch.ones_like(numbers)
     few = 512 if cuda() else N  # of the dense side
     part = SimpleNamespace(**{name: value[:few] for name, value in vars(batch).items()})
     dense_loss(truth[0][:few], truth[1][:few], truth[2], part, config).backward()
