@@ -57,6 +57,25 @@ def random_model(family="qwen3", tied=False, attention="sdpa", dtype=torch.float
     return model
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def exact_model(**settings):
+    """A model whose norms, unlike Transformers', compute in float64, so that two routes agree to 1e-12."""
+    model = random_model(**settings)
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ == "Qwen3RMSNorm":
+                exact = torch.nn.RMSNorm(len(norm.weight), norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return model
+
+
 def random_rollouts(count=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -169,6 +188,79 @@ def test_attention_gradient_is_the_closed_form(advantage):
         torch.testing.assert_close(js[step].detach(), by_hand, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(student.query.grad[0], query_grad, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(student.key.grad[0], key_grad, rtol=1e-10, atol=1e-14)
+
+
+def slopes(function, x, h=1e-5):
+    """Central differences: -> (*shape of the result, *shape of x)."""
+    columns = []
+    for index in range(x.numel()):
+        step = torch.zeros_like(x)
+        step.view(-1)[index] = h
+        columns.append((function(x + step) - function(x - step)) / (2 * h))
+    return torch.stack(columns, dim=-1).unflatten(-1, x.shape)
+
+
+FINITE = {"rtol": 1e-7, "atol": 1e-9}
+
+
+def test_the_derivatives_of_the_think_loss_by_finite_differences(float64):
+    """Appendix A.3.1, line by line: by p, of the softmax, by z, and through the lens by h."""
+    torch.manual_seed(6)
+    tau, A = 3.0, torch.tensor([-0.6])
+    tapped = oisd.TappedModel(exact_model(), CONFIG)
+    E_u, h, q = tapped.head.detach(), torch.randn(32), torch.randn(61).softmax(-1)
+    z = tapped.lens(h).detach()
+    p = (z / tau).softmax(-1)
+    g = (2 * p / (p + q)).log() / 2  # 1/2 log(p/m)
+    jacobian = (p.diag() - p.outer(p)) / tau
+    by_z = A / tau * p * (g - p @ g)
+
+    @torch.no_grad()
+    def loss(z):
+        js = oisd.js_divergence(z[None], tau * q.log()[None], tau)
+        return oisd.internal_loss_sum(js, A, torch.ones(1), CONFIG)
+
+    torch.testing.assert_close(slopes(lambda p: js_by_hand(p, q), p, h=1e-6), g, **FINITE)
+    torch.testing.assert_close(slopes(lambda z: (z / tau).softmax(-1), z), jacobian, **FINITE)
+    torch.testing.assert_close(A * (jacobian.T @ g), by_z, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(slopes(loss, z), by_z, **FINITE)
+    with torch.no_grad():
+        by_h = slopes(tapped.lens_hidden, h).T @ E_u.T @ by_z  # J_LN^T E_u^T dL/dz
+        torch.testing.assert_close(slopes(lambda h: loss(tapped.lens(h)), h), by_h, **FINITE)
+
+
+def test_the_derivatives_of_the_attention_loss_by_finite_differences(float64):
+    """Appendix A.3.2, line by line: by the attention, of the softmax, by its logits, by queries and keys."""
+    torch.manual_seed(7)
+    H, T, d, t, A = 2, 9, 4, 8, torch.tensor([0.6])
+    student_query, student_key = torch.randn(H, T, d), torch.randn(1, T, d)  # both heads share one key head
+    teacher, config = oisd.Tap(), with_config(attention_window=3, attention_strided=2)
+    teacher.query, teacher.key, teacher.scaling = torch.randn(1, H, T, d), torch.randn(1, 1, T, d), d**-0.5
+    batch = SimpleNamespace(queries=torch.tensor([t]), position_ids=torch.arange(T)[None])
+
+    @torch.no_grad()
+    def loss(query, key):
+        student = oisd.Tap()
+        student.query, student.key, student.scaling = query[None], key[None], d**-0.5
+        js = oisd.attention_js(student, teacher, batch, config)
+        return oisd.internal_loss_sum(js, A, torch.ones(1), CONFIG)
+
+    C = keys_by_hand(t, 3, 2)
+    by_query, by_key = torch.zeros(H, T, d), torch.zeros(1, T, d)
+    for h in range(H):
+        q, K = student_query[h, t], student_key[0, C]
+        s = K @ q / math.sqrt(d)
+        p, target = s.softmax(-1), (teacher.key[0, 0, C] @ teacher.query[0, h, t] / math.sqrt(d)).softmax(-1)
+        g = (2 * p / (p + target)).log() / (2 * H)
+        by_s = A * p * (g - p @ g)
+        by_p = slopes(lambda p, target=target: A * js_by_hand(p, target) / H, p)[0]
+        torch.testing.assert_close(by_p, A * g, **FINITE)
+        torch.testing.assert_close(slopes(lambda s: s.softmax(-1), s), p.diag() - p.outer(p), **FINITE)
+        torch.testing.assert_close(slopes(lambda q, K=K: K @ q / math.sqrt(d), q), K / math.sqrt(d), **FINITE)
+        by_query[h, t] = K.T @ by_s / math.sqrt(d)
+        by_key[0, C] += by_s.outer(q) / math.sqrt(d)
+    torch.testing.assert_close(slopes(lambda query: loss(query, student_key), student_query), by_query, **FINITE)
+    torch.testing.assert_close(slopes(lambda key: loss(student_query, key), student_key), by_key, **FINITE)
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -347,25 +439,6 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_autograd():
     for mine, plain, true in zip([x.grad for x in inputs], dense, expected):
         assert (mine - true).norm() <= 1.1 * (plain - true).norm() < 0.1 * true.norm()
     assert 1e-3 < (stats[0] - old).abs().max() <= 1.1 * (logprobs - old).abs().max()  # it does compute in bfloat16
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def exact_model(**settings):
-    """A model whose norms, unlike Transformers', compute in float64, so that two routes agree to 1e-12."""
-    model = random_model(**settings)
-    for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if type(norm).__name__ == "Qwen3RMSNorm":
-                exact = torch.nn.RMSNorm(len(norm.weight), norm.variance_epsilon)
-                exact.weight = norm.weight
-                setattr(parent, name, exact)
-    return model
 
 
 def layer_by_hand(layer, H, rotary):
