@@ -230,27 +230,29 @@ def test_exploration_signals_are_those_of_the_residual_stream(family):
     for name, parameter in model.named_parameters():  # so that the lens of a normed stream is another
         torch.nn.init.normal_(parameter) if "norm" in name else None
     tapped = oisd.TappedModel(model, CONFIG)
-    found = torch.stack(tapped(layers.ffn_entropies, tapped, oisd.pack(rollouts, CONFIG)))
-    assert found.shape[0] == 8 and all(tap.hidden is None for tap in tapped.taps)
+    found = tapped(layers.ffn_entropies, tapped, oisd.pack(rollouts, CONFIG))
+    assert all(tap.hidden is None for tap in tapped.taps)
     column = 0
     for rollout in rollouts:
         added: list[torch.Tensor] = []
         keep = functools.partial(lambda added, _, __, output: added.append(output[0][0]), added)
         hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.model.layers]
+        last: list[torch.Tensor] = []
+        hooks.append(model.model.norm.register_forward_pre_hook(lambda _, taken, last=last: last.append(taken[0][0])))
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         with torch.no_grad():
             output = model(ids, output_hidden_states=True)
         for hook in hooks:
             hook.remove()
         where = slice(len(rollout.prompt_ids) - 1, ids.shape[1] - 1)
-        expected = []
-        states = [state[0] for state in output.hidden_states]
-        before = [model.lm_head(model.model.norm(states[i] + added[i])) for i in range(4)]
-        after = [*(model.lm_head(model.model.norm(states[i + 1])) for i in range(3)), output.logits[0]]
-        for logits in before + after:
-            p = logits[where].log_softmax(-1)
-            expected.append(-(p.exp() * p).sum(-1))
-        mine = found[:, column : column + len(rollout.response_ids)]
+        states, expected = [state[0] for state in output.hidden_states], []
+        before = [states[i] + added[i] for i in range(4)]
+        after = [*states[1:4], last[0]]  # the model's own last state is normed
+        for read in (lambda h: model.lm_head(model.model.norm(h)), model.lm_head):
+            for logits in map(read, before + after):
+                p = logits[where].log_softmax(-1)
+                expected.append(-(p.exp() * p).sum(-1))
+        mine = found[..., column : column + len(rollout.response_ids)].flatten(0, 2)
         torch.testing.assert_close(mine, torch.stack(expected), rtol=1e-4, atol=1e-4)
         column += len(rollout.response_ids)
     assert not any(layer._forward_hooks_with_kwargs or layer._forward_pre_hooks for layer in tapped.layers)
@@ -258,12 +260,14 @@ def test_exploration_signals_are_those_of_the_residual_stream(family):
 
 def test_the_last_positive_layer_below_the_teacher(tmp_path, capsys):
     before = [1.0, 1.0, 1.0, 1.0]
-    assert layers.report(torch.tensor([*before, 1.5, 1.2, 0.9, 2.0]), tmp_path) == 2
-    assert "student layer 2" in capsys.readouterr().out
+    with_norm, without = [1.5, 1.25, 0.75, 2.0], [0.5, 0.25, 0.75, 2.0]
+    assert layers.report(torch.tensor([[before, with_norm], [before, without]]), tmp_path) == [2, 0]
+    said = capsys.readouterr().out
+    assert "with the norm: student layer 2" in said
+    assert "without the norm: no FFN below layer 4 raises the lens entropy" in said
     lines = (tmp_path / "layers.csv").read_text().splitlines()
-    assert len(lines) == 5 and lines[1].startswith("1,1.0,1.5,0.5") and (tmp_path / "layers.png").stat().st_size > 5000
-    assert layers.report(torch.tensor([*before, 0.5, 0.2, 0.9, 2.0]), tmp_path) == 0
-    assert "no FFN below layer 4 raises the lens entropy" in capsys.readouterr().out
+    assert len(lines) == 5 and lines[1] == "1,1.0,1.5,0.5,1.0,0.5,-0.5" and lines[0].endswith("signal_without_norm")
+    assert (tmp_path / "layers.png").stat().st_size > 5000
 
 
 def test_parallel_layers_have_no_point_between(tmp_path):
@@ -281,7 +285,7 @@ def test_layers_measured_alone_are_the_same_in_any_batches(toy, tmp_path):
         assert layers.main(words) == 0
         rows = (tmp_path / str(tokens) / "layers.csv").read_text().splitlines()[1:]
         measured.append([float(value) for row in rows for value in row.split(",")])
-    assert len(measured[0]) == 12 and measured[0] == pytest.approx(measured[1], abs=1e-5)
+    assert len(measured[0]) == 21 and measured[0] == pytest.approx(measured[1], abs=1e-5)
     assert layers.main(["--model", str(tmp_path / "nowhere")]) == 2
 
 

@@ -10,6 +10,9 @@ the teacher whose FFN does:
 
     signal_l = H(after the FFN of layer l) - H(before it)                    student = max { l < L : signal_l > 0 }
 
+Everything is measured twice: through the final norm, as in the paper's Eq. 5, and without it, as in BuPO's code. The
+second command can tell which of the two Figure 5 shows: its layer 6 starts at 11.647 nats, where ln V is 11.931.
+
 Any field of the config may follow. layers.csv and layers.png go to `output_dir`, or here. Rollouts are Transformers'.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inputs
 import laptop
 import oisd
-import plumbing
 from oisd import PackedBatch, TappedModel
 from settings import UserError
 
@@ -36,8 +39,8 @@ FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # what decoder 
 
 
 @torch.no_grad()
-def ffn_entropies(model: TappedModel, batch: PackedBatch) -> list[Tensor]:
-    """Lens entropies of the response tokens, each (N,): before the FFN of every layer, then after that of every layer.
+def ffn_entropies(model: TappedModel, batch: PackedBatch) -> Tensor:
+    """Lens entropies of the response tokens: with norm and without, before and after the FFN, by layer: (2, 2, L, N).
 
     At the policy's temperature. Read while the layer runs, chunk by chunk: neither hidden states of all layers nor
     logits of all tokens are kept.
@@ -46,7 +49,9 @@ def ffn_entropies(model: TappedModel, batch: PackedBatch) -> list[Tensor]:
     entropies: list[list[Tensor]] = [[], []]
 
     def see(place: int, stream: Tensor) -> None:
-        entropies[place].append(model.read(model.lens_hidden(stream[0, batch.predicted - 1]), batch)[1])
+        hidden = stream[0, batch.predicted - 1]
+        both = [model.read(model.lens_hidden(hidden, norm), batch)[1] for norm in (True, False)]
+        entropies[place].append(torch.stack(both))
 
     handles = [handle for layer in model.layers for handle in watch(layer, see)]
     try:
@@ -55,17 +60,16 @@ def ffn_entropies(model: TappedModel, batch: PackedBatch) -> list[Tensor]:
         model.clear_taps()
         for handle in handles:
             handle.remove()
-    return entropies[0] + entropies[1]
+    return torch.stack([torch.stack(place, dim=1) for place in entropies], dim=1)
 
 
 def mean_entropies(model: TappedModel, batches: Iterable[PackedBatch]) -> Tensor:
-    """Means of `ffn_entropies` over the response tokens of all ranks' batches, as many on each: -> (2 layers,)."""
-    total = torch.zeros(2 * len(model.layers) + 1, dtype=torch.float64)
+    """Means of `ffn_entropies` over the response tokens of all batches: -> (2, 2, L)."""
+    total, tokens = torch.zeros(2, 2, len(model.layers), dtype=torch.float64), 0
     for batch in batches:
-        entropies = torch.stack(model(ffn_entropies, model, batch))
-        total += torch.cat([entropies.double().sum(1).cpu(), torch.tensor([entropies.shape[1]])])
-    *sums, tokens = torch.stack(plumbing.gather([total])).sum(0)
-    return torch.stack(sums) / tokens
+        total += model(ffn_entropies, model, batch).double().sum(-1).cpu()
+        tokens += len(batch.predicted)
+    return total / tokens
 
 
 def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
@@ -110,49 +114,59 @@ def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
     ]
 
 
-def report(means: Tensor, folder: Path) -> int:
-    """Say, save (layers.csv, layers.png) and apply the rule: -> the student layer, 0 if no signal is positive.
+def report(means: Tensor, folder: Path) -> list[int]:
+    """Print, save (layers.csv, layers.png) and apply the rule: -> the student layer with and without the norm.
 
-    `means`: (2 layers,), as `ffn_entropies` orders them.
+    `means`: (2, 2, L), as `ffn_entropies` orders them. 0 stands for no layer.
     """
-    before, after = means.view(2, -1).tolist()
-    signals = [b - a for a, b in zip(before, after)]
-    positive = [layer for layer, signal in enumerate(signals[:-1], 1) if signal > 0]
-    rows = [(layer, *values) for layer, values in enumerate(zip(before, after, signals), 1)]
-    if plumbing.rank() == 0:
-        with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("layer", "entropy_before", "entropy_after", "signal"), *rows])
-        draw(before, after, signals, folder / "layers.png")
-    lines = [f"{layer:5} {a:11.4f} {b:10.4f} {signal:+11.4f}" for layer, a, b, signal in rows]
-    plumbing.say("\n".join(["layer  H before    H after      signal   (lens entropy around the FFN, nats)", *lines]))
-    if not positive:
-        plumbing.say(f"no FFN below layer {len(rows)} raises the lens entropy: the rule names no layer; see {folder}")
-        return 0
-    plumbing.say(f"student layer {positive[-1]}: the last with a positive signal, below the teacher; see {folder}")
-    return positive[-1]
+    signals = means[:, 1] - means[:, 0]  # (2, L)
+    columns = torch.cat([means, signals[:, None]], dim=1).flatten(0, 1)  # (6, L): before, after, signal, twice
+    rows = [(layer, *values) for layer, values in enumerate(columns.T.tolist(), 1)]
+    names = "entropy_before entropy_after signal".split()
+    with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as file:
+        header = ["layer", *names, *(f"{name}_without_norm" for name in names)]
+        csv.writer(file).writerows([header, *rows])
+    draw(means.tolist(), signals.tolist(), folder / "layers.png")
+    print("lens entropy around the FFN, nats      with the final norm                without it")
+    print("layer" + 2 * "   H before    H after     signal")
+    for layer, *values in rows:
+        print(f"{layer:5}" + "".join("{:11.4f}{:11.4f}{:+11.4f}".format(*values[i : i + 3]) for i in (0, 3)))
+    chosen = []
+    for reading, signal in zip(("with", "without"), signals.tolist()):
+        positive = [layer for layer, value in enumerate(signal[:-1], 1) if value > 0]
+        chosen.append(positive[-1] if positive else 0)
+        if positive:
+            print(f"{reading} the norm: student layer {positive[-1]}, the last below the teacher whose FFN explores")
+        else:
+            print(f"{reading} the norm: no FFN below layer {len(rows)} raises the lens entropy")
+    print(folder / "layers.csv")
+    return chosen
 
 
-def draw(before: list[float], after: list[float], signals: list[float], path: Path) -> None:
+def draw(means: list, signals: list, path: Path) -> None:
     """The layer rule's picture: lens entropy around every FFN, and its change. A failure is said, never raised."""
     try:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(12, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        layers = range(1, len(signals) + 1)
-        left.plot(layers, before, label="before the FFN")
-        left.plot(layers, after, label="after the FFN")
-        left.legend()
+        for reading, (before, after), signal in zip(("with norm", "without"), means, signals):
+            layers = range(1, len(signal) + 1)
+            left.plot(layers, before, linestyle="--", label=f"before the FFN, {reading}")
+            left.plot(layers, after, label=f"after the FFN, {reading}")
+            right.plot(layers, signal, marker=".", label=reading)
+        right.axhline(0, color="gray", linewidth=0.8)
         left.set(title="entropy of the lens (nats)", xlabel="layer")
-        right.bar(layers, signals)
         right.set(title="exploration signal of the FFN (nats)", xlabel="layer")
+        left.legend()
+        right.legend()
         figure.savefig(path, dpi=100)
     except Exception as problem:  # a picture never ends a run
-        plumbing.say(f"{path.name} was not drawn: {type(problem).__name__}: {problem}")
+        print(f"{path.name} was not drawn: {type(problem).__name__}: {problem}")
 
 
-def measure(config: oisd.Config, folder: Path) -> int:
-    """Sample `prompts_per_step` x `group_size` rollouts, measure, report. -> the layer, or 0. Raises: UserError."""
+def measure(config: oisd.Config, folder: Path) -> list[int]:
+    """Sample `prompts_per_step` x `group_size` rollouts, measure, report. -> as `report`. Raises: UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model == "tiny_model":
         laptop.make()
@@ -169,7 +183,7 @@ def measure(config: oisd.Config, folder: Path) -> int:
     rollouts = [oisd.Rollout(prompts[sample[0]], *sample[1:]) for sample in samples]
     folder.mkdir(parents=True, exist_ok=True)
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    print(f"{config.model}: {len(rollouts)} rollouts, {tokens} response tokens")
+    print(f"{config.model}: {len(rollouts)} rollouts, {tokens} response tokens, ln V {math.log(len(tapped.head)):.3f}")
     batches = oisd.micro_batches(rollouts, config.max_tokens_per_gpu)
     packed = (oisd.pack([rollouts[index] for index in part], config, device) for part in batches)
     return report(mean_entropies(tapped, packed), folder)
