@@ -619,18 +619,18 @@ def read_metrics(folder: Path) -> list[dict]:
     return [row for row in map(read_line, lines) if row]
 
 
-CURVES = {
+CURVES = {  # the upper three panels are those of Figure 5
     "reward": ("reward",),
-    "JS to the final layer: what to think": ("think_js", "think_js_positive", "think_js_negative"),
-    "JS to the final layer: where to look": ("attention_js", "attention_js_positive", "attention_js_negative"),
-    "entropy of the policy (nats)": ("entropy",),
     "entropy of the student layer (nats)": ("student_entropy",),
     "response length (tokens)": ("response_length",),
+    "entropy of the policy (nats)": ("entropy",),
+    "JS to the final layer: what to think": ("think_js", "think_js_positive", "think_js_negative"),
+    "JS to the final layer: where to look": ("attention_js", "attention_js_positive", "attention_js_negative"),
 }
 
 
 def draw_curves(folder: Path) -> None:
-    """`curves.png` from `metrics.jsonl`: the paper's Figures 5 and 6b. A failure is said, never raised."""
+    """`curves.png` from `metrics.jsonl`: the paper's Figure 5, and the divergences. A failure is said, never raised."""
     try:
         draw(read_metrics(folder), folder / "curves.png")
     except Exception as problem:  # a picture never ends a run
@@ -647,11 +647,13 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     for axis, (title, names) in zip(axes.flat, CURVES.items()):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot(*zip(*points), label=name) if points else None
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
+            colour = "tab:orange" if name == "student_entropy" else None
+            axis.plot(*zip(*points), label=name, color=colour) if points else None
+        axis.set(title=title, xlabel="Training Step")
+        axis.grid(linestyle="--", alpha=0.5)
         if len(names) > 1 and axis.lines:
             axis.legend()
+    axes[0, 0].set_ylim(0, 1)
     temporary = path.with_suffix(".part.png")
     figure.savefig(temporary, dpi=100)
     plt.close(figure)

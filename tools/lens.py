@@ -1,12 +1,15 @@
 r"""The paper's pictures, of any run or checkpoint.
 
-    python tools/lens.py table PLACE [PLACE]        what each layer would say next, word by word (Fig. 2, 7)
-    python tools/lens.py attention PLACE            where student and final layer look in the prompt (Fig. 6a)
+    python tools/lens.py table PLACE                what each layer would say next, word by word (Fig. 2)
+    python tools/lens.py table PLACE PLACE          student and final layer alone, one model below the other (Fig. 7)
+    python tools/lens.py attention PLACE            where student and final layer look, in prompt and response (Fig. 6a)
     python tools/lens.py layers PLACE [PLACE ...]   each layer: distance to the last, certainty, score if it answered
-    python tools/lens.py agreement RUN [RUN ...]    agreement of both layers' attention, by checkpoint (Fig. 6b)
+    python tools/lens.py agreement RUN [RUN ...]    agreement of the two in attention, by checkpoint and word (Fig. 6b)
     python tools/lens.py scores RUN [RUN ...]       held-out score by step (Fig. 8; set `eval_every`)
-    python tools/lens.py norms RUN [RUN ...]        gradient norm of each loss (Fig. 9; set `gradient_norms_every`)
+    python tools/lens.py norms RUN [RUN ...]        gradient norm of both losses (Fig. 9; set `gradient_norms_every`)
     python tools/lens.py responses RUN RUN          answers to the same problem side by side (Fig. 10)
+
+Figure 5 is every run's curves.png. Axes, order of layers and outlines are the paper's.
 
 A place is a run's folder (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or folder;
 PLACE=NAME names it in the picture, and `layers` averages places of one name, with a band of one standard deviation.
@@ -31,7 +34,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
 
 matplotlib.use("Agg")
@@ -208,88 +211,120 @@ def save(figure, path: Path) -> None:
 
 @torch.no_grad()
 def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, float]]]:
-    """By layer, by response token: the token that the lens ranks first, and its probability."""
-    ((_, hidden),) = look(opened, [rollout])
-    cells = []
-    for states in hidden:
-        best = (opened.model.lens(states) / opened.config.temperature).softmax(-1).max(-1)
+    """By layer, from 0, the embeddings: for each response token, the token that the lens ranks first and its logit."""
+    model, first = opened.model, []
+    hook = model.layers[0].register_forward_pre_hook(
+        lambda _, taken, named: first.append(taken[0] if taken else named["hidden_states"]), with_kwargs=True
+    )
+    ((batch, hidden),) = look(opened, [rollout])
+    hook.remove()
+    states, cells = [first[0][0, batch.predicted - 1], *hidden], []
+    for layer, state in enumerate(states):
+        best = model.lens(state, opened.config.lens_norm or layer == len(hidden)).max(-1)
         cells.append(list(zip(best.indices.tolist(), best.values.tolist())))
     return cells
 
 
 def table(places: Iterable[Opened], options) -> None:
-    """Rows: layers, the last on top. Colour: probability. Framed: what the last layer ranks first too."""
+    """Rows: layers, the last on top. Colour: the first token's logit. Outlined: what the last layer ranks first too.
+
+    Of several places the student and the final layer alone, all over the tokens of the first one's response.
+    """
     first, *_ = places = list(places)
     problem, rollout = first.one(options.problem, options.tokens)
     if len({(len(opened.tokenizer), len(opened.model.taps)) for opened in places}) > 1:
         raise UserError("the places differ in vocabulary or layers: draw a table of each")
-    said = [first.token(index) for index in rollout.response_ids]
-    layers = shown_layers(len(first.model.taps), first.config.student_layer, options.layers)
-    width, height = max(5.0, 0.55 * len(said) + 1.2), 0.24 * len(layers) + 1.0
-    across = 1 if len(said) > 9 else len(places)  # long responses one below the other
-    down = -(-len(places) // across)
-    size = (width * across, height * down + 0.3)
-    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-    for opened, axis in zip(places, axes.flat):
-        cells = lens_cells(opened, rollout)
-        shades = [[p for _, p in cells[layer - 1]] for layer in layers]
-        axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", origin="lower")
-        for y, layer in enumerate(layers):
-            for x, (index, _) in enumerate(cells[layer - 1]):
-                word = opened.token(index)
-                short = word if len(word) < 9 else word[:7] + "…"
-                axis.text(x, y, short, ha="center", va="center", fontsize=7, parse_math=False)
-                if index == cells[-1][x][0]:
-                    axis.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, edgecolor="tab:orange"))
-        marks = {opened.config.student_layer: " student", layers[-1]: " final"}
-        axis.set_yticks(range(len(layers)), [f"{layer}{marks.get(layer, '')}" for layer in layers], fontsize=8)
-        axis.set_xticks(range(len(said)), said, fontsize=8, parse_math=False)
-        whose = f"a response of {first.name}" if len(places) > 1 else "the response"
-        axis.set_xlabel(whose, fontsize=8, parse_math=False)
-        axis.set_title(opened.name, fontsize=9, parse_math=False)
-    question = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
-    lines = " / ".join(line.strip() for line in question if line.strip())[-60:]
-    figure.suptitle(f"… {lines}   gold: {problem.answer}", fontsize=9, parse_math=False)
+    depth, said = len(first.model.taps), [first.token(index) for index in rollout.response_ids]
+    rows, labels = [], []  # from the top: the cells of a layer and of its last one
+    for opened in places:
+        cells, student = lens_cells(opened, rollout), opened.config.student_layer
+        shown = shown_layers(depth, student, options.layers) if len(places) == 1 or options.layers else [student, depth]
+        for layer in reversed(shown):
+            rows.append((cells[layer], cells[-1] if layer < depth else None))
+            name = f"{opened.name}\n" if len(places) > 1 else ""
+            labels.append(name + ("h_out" if layer == depth else f"h{layer}_out"))
+    logits = [[logit for _, logit in row] for row, _ in rows]
+    most = math.ceil(max(map(max, logits)))
+    height = 0.3 * len(rows) * (1 + 0.4 * (len(places) > 1))
+    figure, axis = plt.subplots(figsize=(max(5.0, 0.6 * len(said) + 1.2), height + 1.6), layout="constrained")
+    image = axis.imshow(logits, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    for y, (row, last) in enumerate(rows):
+        for x, (index, logit) in enumerate(row):
+            word = first.token(index)
+            short = word if len(word) < 9 else word[:7] + "…"
+            colour = "white" if logit > most / 2 else "black"
+            axis.text(x, y, short, ha="center", va="center", fontsize=7, color=colour, parse_math=False)
+            agrees = last is not None and index == last[x][0]
+            edge = {"linewidth": 1.8, "zorder": 3} if agrees else {"linewidth": 0.5}
+            axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", **edge))
+    axis.set_yticks(range(len(rows)), labels, fontsize=8, parse_math=False)
+    axis.set_xticks(range(len(said)), said, fontsize=8, rotation=40, ha="left", parse_math=False)
+    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    bar = figure.colorbar(image, location="top", shrink=0.6, aspect=40, ticks=[0, most])
+    bar.outline.set_visible(False)
+    figure.supxlabel(f"{question(first, problem)}   gold: {problem.answer}", fontsize=8, parse_math=False)
     save(figure, options.output)
 
 
+def question(opened: Opened, problem) -> str:
+    """The end of a prompt, in one line."""
+    lines = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
+    return "… " + " / ".join(line.strip() for line in lines if line.strip())[-60:]
+
+
 def shown_layers(count: int, student: int, most: int) -> list[int]:
-    """At most about `most` of the layers, evenly spaced, the last and the student's among them."""
-    stride = -(-count // most)
-    return sorted({*range(count, 0, -stride), student})
+    """At most about `most` of the layers, evenly spaced from 0, the last and the student's among them."""
+    return sorted({*range(0, count, -(-count // most)), student, count})
 
 
 @torch.no_grad()
 def attention(places: Iterable[Opened], options) -> None:
-    """What the response's tokens look at among the words of the prompt, mean over heads and tokens."""
+    """What the last quarter of a response looks at: words of prompt and response, mean over heads, student and final.
+
+    Each layer's weights are by word, relative to its largest; the first word, which takes what looks at nothing, apart.
+    """
     (opened,) = places
     model = opened.model
     _, rollout = opened.one(options.problem, options.tokens)
-    words, owners = split_words([opened.token(index) for index in rollout.prompt_ids])
-    rows = {}
+    words, owners = split_words([opened.token(index) for index in rollout.prompt_ids + rollout.response_ids])
+    figure, axes = plt.subplots(2, figsize=(9, 1.0 + 0.6 * (len("".join(words)) // WIDTH + 1)), layout="constrained")
     for batch, _ in look(opened, [rollout]):
-        for layer in (opened.config.student_layer, len(model.taps)):
-            queries = batch.predicted - 1
-            keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (N, T)
+        queries = (batch.predicted - 1)[-(-3 * len(batch.predicted) // 4) :]
+        keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (n, T)
+        for axis, layer in zip(axes, (opened.config.student_layer, len(model.taps))):
             scores = oisd.attention_scores(model.taps[layer - 1], queries, keys, keys <= queries[:, None])
-            seen = scores.softmax(-1).mean((0, 1))  # (T,)
-            by_word = torch.zeros(len(words)).index_add_(0, torch.tensor(owners), seen[: len(owners)].float().cpu())
-            rows[f"layer {layer}"] = by_word.tolist()
-    figure, axis = plt.subplots(figsize=(max(6, 0.33 * len(words) + 1.5), 2.4), layout="constrained")
-    scale = matplotlib.colors.PowerNorm(0.5, 0, max(max(values[1:]) for values in rows.values()))  # lets the faint show
-    axis.imshow(list(rows.values()), cmap="Oranges", norm=scale, aspect="auto")
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8, parse_math=False)
-    sinks = ", ".join(f"{100 * values[0]:.0f} %" for values in rows.values())
-    axis.set_title(f"{opened.name}: attention of the response to the prompt (to its first word: {sinks})", fontsize=9)
+            seen = scores.softmax(-1).mean((0, 1)).float().cpu()  # (T,)
+            by_word = torch.zeros(len(words)).index_add_(0, torch.tensor(owners), seen)
+            name = "final layer" if layer == len(model.taps) else f"layer {layer}"
+            axis.set_title(f"{opened.name}, {name}; first word: {100 * by_word[0]:.0f} %", fontsize=9, loc="left")
+            highlight(axis, words, [0.0, *(by_word[1:] / by_word[1:].max()).tolist()])
     save(figure, options.output)
 
 
+WIDTH = 90  # characters of a line of highlighted text
+
+
+def highlight(axis, words: list[str], weights: list[float]) -> None:
+    """Words as running text, each on a ground that is the darker, the larger its weight, from 0 to 1."""
+    row, column = 0, 0
+    for word, weight in zip(words, weights):
+        if column + len(word) > WIDTH:
+            row, column = row + 1, 0
+        ground = plt.get_cmap("Purples")(0.9 * weight)
+        axis.add_patch(plt.Rectangle((column, row - 0.45), len(word), 0.9, facecolor=ground, linewidth=0))
+        style = {"family": "monospace", "fontsize": 7.5, "color": "white" if weight > 0.6 else "black"}
+        text = word.replace("·", " ")
+        axis.text(column + len(word) / 2, row, text, ha="center", va="center", parse_math=False, **style)
+        column += len(word)
+    axis.set(xlim=(0, WIDTH), ylim=(row + 0.6, -0.6))
+    axis.axis("off")
+
+
 def split_words(tokens: list[str]) -> tuple[list[str], list[int]]:
-    """Tokens joined to words at spaces and line ends. -> words, and the word of each token."""
+    """Join tokens to words; any sign but letters and digits starts and ends one. -> words, the word of each token."""
     words, owners = [], []
     for token in tokens:
-        if not words or token[0] in "·↵<" or words[-1][-1] in "↵>":
+        if not words or not (token[0].isalnum() and words[-1][-1].isalnum()):
             words.append("")
         words[-1] += token
         owners.append(len(words) - 1)
@@ -348,26 +383,44 @@ def layers(places: Iterable[Opened], options) -> None:
 
 
 def agreement(runs: list[str], options, words: list[str]) -> None:
-    """1 - JS / log 2 of both layers' attention, on the same responses: those of each run's first stored checkpoint."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for run in runs:
+    """1 - JS / log 2 of both layers' attention: by checkpoint, at each word of a response of the run's first one.
+
+    Prints its mean over the sampled steps of `--problems` responses, likewise the same for all checkpoints of a run.
+    """
+    size = {"figsize": (9, 0.5 + 2.3 * len(runs)), "layout": "constrained"}
+    figure, axes = plt.subplots(len(runs), squeeze=False, **size)
+    for run, axis in zip(runs, axes[:, 0]):
         stored = plumbing.checkpoints(Path(run))
         if not stored:
             raise UserError(f"{run} has no checkpoint; see checkpoint_every and checkpoints_kept")
-        rollouts, points = None, []
+        rollouts, cells = None, []
         for place in stored:
             opened = open_place(str(place), words)
-            rollouts = rollouts or opened.sample(options.problems)
+            if not rollouts:
+                rollouts, (_, shown) = opened.sample(options.problems), opened.one(options.problem, options.tokens)
+                said, owners = split_words([opened.token(index) for index in shown.response_ids])
             student = measure_layers(opened, rollouts)[opened.config.student_layer - 1]
-            points.append((int(place.name[5:]), 1 - student["attention_js"] / math.log(2)))
-            print(f"{place}: {points[-1][1]:.4f}", flush=True)
-        axis.plot(*zip(*points), marker="o", label=run)
-    axis.set(
-        title="agreement of the student's attention with the final layer's", xlabel="step", ylabel="1 - JS / log 2"
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+            print(f"{place}: {1 - student['attention_js'] / math.log(2):.4f}", flush=True)
+            cells.append(agreement_by_word(opened, shown, torch.tensor(owners)))
+        image = axis.imshow(cells, cmap="Purples", aspect="auto")
+        axis.set_yticks(range(len(stored)), [str(int(place.name[5:])) for place in stored])
+        axis.set_xticks(range(len(said)), said, rotation=45, ha="right", fontsize=8, parse_math=False)
+        axis.set_ylabel("Training step")
+        axis.set_title(run, fontsize=9, loc="left")
+        figure.colorbar(image, ax=axis, label="Similarity")
     save(figure, options.output)
+
+
+@torch.no_grad()
+def agreement_by_word(opened: Opened, rollout: oisd.Rollout, owners: Tensor) -> list[float]:
+    """1 - JS / log 2 of student's and final layer's attention where each word is predicted, mean over its tokens."""
+    opened.model.config = everywhere = dataclasses.replace(opened.config, attention_steps=len(owners))
+    batch = oisd.pack([rollout], everywhere, opened.model.head.device)
+    opened.model.hidden_states(batch)
+    js = oisd.attention_js(opened.model.student_tap, opened.model.taps[-1], batch, everywhere).float().cpu()
+    opened.model.clear_taps()
+    sums = torch.zeros(int(owners[-1]) + 1).index_add_(0, owners, 1 - js / math.log(2))
+    return (sums / owners.bincount()).tolist()
 
 
 def scores(runs: list[str], options) -> None:
@@ -383,19 +436,21 @@ def scores(runs: list[str], options) -> None:
 
 
 def norms(runs: list[str], options) -> None:
-    names = ("grad_norm_policy", "grad_norm_think", "grad_norm_attention")
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.6), layout="constrained", squeeze=False)
+    """Of L_think and L_attn themselves: the logged norms are those of the weighted losses."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.6), layout="constrained", squeeze=False)
     for run, axis in zip(runs, axes[0]):
-        rows = plumbing.read_metrics(Path(run))
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name)]
-            axis.plot(*zip(*points), marker=".", label=name[10:]) if points else None
-        if not axis.lines:
+        (settings,) = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")).values()
+        rows = [row for row in plumbing.read_metrics(Path(run)) if "grad_norm_policy" in row]
+        if not rows:
             raise UserError(f"{run} has no gradient norms of single losses: train with --gradient_norms_every 1")
-        axis.set(xlabel="step", ylabel="gradient norm of each weighted loss", yscale="log")
+        for loss, label, colour in (("think", "think", "tab:blue"), ("attention", "attn", "tab:orange")):
+            weight, name = settings[f"{loss}_weight"], f"grad_norm_{loss}"
+            points = [(row["step"], row[name] / weight) for row in rows if name in row]
+            axis.plot(*zip(*points), linewidth=2, label=label, color=colour) if points else None
+        axis.set(xlabel="Training step", ylabel="Gradient Norm")
         axis.set_title(run, fontsize=9)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.grid()
+        axis.legend(loc="lower right") if axis.lines else None
     save(figure, options.output)
 
 
@@ -439,10 +494,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("kind", choices=[*kinds, "agreement", *logs])
     parser.add_argument("places", nargs="+", metavar="PLACE")
     parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png)")
-    parser.add_argument("--problem", type=int, default=0, help="which problem, from 0 (table, attention, responses)")
+    parser.add_argument("--problem", type=int, default=0, help="which problem, from 0 (not for layers, scores, norms)")
     parser.add_argument("--problems", type=int, default=128, help="how many (layers, agreement; default: 128)")
-    parser.add_argument("--tokens", type=int, default=16, help="of the response (table, attention; default: 16)")
-    parser.add_argument("--layers", type=int, default=16, help="rows, about (table; default: 16)")
+    parser.add_argument("--tokens", type=int, default=0, help="of the response (default: 13 in a table, else 200)")
+    parser.add_argument("--layers", type=int, default=0, help="rows, about (table; default: 18, of several places two)")
     parser.add_argument("--answers", type=int, default=3, help="of each run (responses; default: 3)")
     options, rest = parser.parse_known_args(words)
     if options.kind in logs and rest:
@@ -450,6 +505,8 @@ def main(words: list[str] | None = None) -> int:
     if options.kind == "attention" and len(options.places) > 1:
         parser.error("attention draws one place at a time")
     options.output = options.output or Path(f"lens-{options.kind}.png")
+    options.tokens = options.tokens or (13 if options.kind == "table" else 200)
+    options.layers = options.layers or (18 if len(options.places) == 1 else 0)
     try:
         if options.kind in kinds:
             kinds[options.kind]((open_place(place, rest) for place in options.places), options)

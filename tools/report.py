@@ -186,7 +186,7 @@ def rollouts(runs: list[Report], problems: int, answers: int) -> str:
     return "".join(page) or "<p>None was written; see rollouts_every.</p>"
 
 
-def lens_tables(runs: list[Report], count: int, most: int) -> str:
+def lens_tables(runs: list[Report], count: int, tokens: int) -> str:
     page = []
     for run in runs:
         page.append(f"<h3>{run.name}</h3>")
@@ -197,22 +197,23 @@ def lens_tables(runs: list[Report], count: int, most: int) -> str:
             continue
         layers = lens.shown_layers(len(opened.model.taps), opened.config.student_layer, 16)
         for problem, rollout in zip(opened.problems, opened.sample(count)):
-            rollout.response_ids = rollout.response_ids[:most]
+            rollout.response_ids = rollout.response_ids[:tokens]
             cells = lens.lens_cells(opened, rollout)
+            most = max(logit for row in cells for _, logit in row)
             said = [opened.token(index) for index in rollout.response_ids]
             rows = [rows_of(["said", *map(escape, said)], True)]
             for layer in reversed(layers):
-                marks = {opened.config.student_layer: "student", len(cells): "final"}
+                marks = {opened.config.student_layer: "student", len(cells) - 1: "final"}
                 row = f"<th>{layer} {marks.get(layer, '')}</th>"
-                for place, (index, p) in enumerate(cells[layer - 1]):
+                for place, (index, logit) in enumerate(cells[layer]):
                     same, word = ' class="same"' if index == cells[-1][place][0] else "", opened.token(index)
-                    shade = f"rgba(31,111,180,{0.7 * p:.2f})"
-                    row += f'<td{same} style="background:{shade}" title="{p:.3f}">{escape(word)}</td>'
+                    shade = f"rgba(31,111,180,{max(0, 0.7 * logit / most):.2f})"
+                    row += f'<td{same} style="background:{shade}" title="{logit:.2f}">{escape(word)}</td>'
                 rows.append(f"<tr>{row}</tr>")
             prompt = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True)
             page.append(f"<pre><b>{escape(prompt[-300:])}</b>   gold {escape(problem.answer)}</pre>")
             page.append(f'<div class="wide"><table class="lens">{"".join(rows)}</table></div>')
-    note = "Each layer's first choice for the next token; the darker, the surer. Framed: the last layer's choice too."
+    note = "Each layer's first choice for the next token; darker: a higher logit. Framed: the last layer's choice too."
     return f'<p class="muted">{note}</p>' + "".join(page)
 
 
