@@ -534,15 +534,10 @@ class PackedBatch:
     query_scales: Tensor  # (S,) what each counts in L_attn
 
 
-def pack(
-    rollouts: Sequence[Rollout],
-    config: Config,
-    device: torch.device | str = "cpu",
-    update: Sequence[Rollout] | None = None,
-) -> PackedBatch:
+def pack(rollouts: Sequence[Rollout], config: Config, device: Any = "cpu", update: Sequence = ()) -> PackedBatch:
     """Concatenate rollouts. A response token is what follows the prompt: the mask comes from lengths alone.
 
-    `update`: all rollouts of the optimizer update, on all ranks, of which these are a part; without it, these.
+    `update`: all rollouts of the optimizer update, on all ranks; without it, these are all.
 
     Two rollouts, "8 9" after the prompt "5 6" and "7 1 4" after "5", with attention_steps = 2:
 
@@ -554,8 +549,8 @@ def pack(
     """
     row, positions, borders, predicted, queries = [], [], [0], [], []
     advantages, query_advantages, old, token_scales, query_scales = [], [], [], [], []  # a tensor per rollout
-    whole = rollouts if update is None else update
-    mean_tokens, mean_steps = (count / max(1, len(whole)) for count in counts(whole, config))  # N / R, S / R
+    update = update or rollouts
+    mean_tokens, mean_steps = (count / max(1, len(update)) for count in counts(update, config))  # N / R, S / R
     for rollout in rollouts or [Rollout([0], [], [], "stop")]:
         first, count = len(row) + len(rollout.prompt_ids), len(rollout.response_ids)  # of its response tokens
         row += rollout.prompt_ids + rollout.response_ids
@@ -595,7 +590,7 @@ def pack(
 
 
 def counts(rollouts: Sequence[Rollout], config: Config) -> tuple[int, int]:
-    """N and S: response tokens, and of these the sampled decoding steps."""
+    """Count the response tokens, N, and the sampled decoding steps, S."""
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return sum(lengths), sum(min(config.attention_steps, length) for length in lengths)
 
@@ -787,10 +782,7 @@ class TappedModel(nn.Module):
         return self.model.get_output_embeddings().weight  # (V, D), W_u
 
     def lens_hidden(self, hidden: Tensor, norm: bool = True, detach: bool = False) -> Tensor:
-        """What the head reads of a layer: RMSNorm_final(h), Eq. 5, or without `norm` h itself. (..., D) -> (..., D).
-
-        With `detach`, no gradient reaches the norm's own weight.
-        """
+        """RMSNorm_final(h) of Eq. 5, or h itself without `norm`; `detach` keeps the gradient from the norm's weight."""
         final_norm = getattr(self.model.get_decoder(), self.norm_name)
         frozen = {name: parameter.detach() for name, parameter in final_norm.named_parameters() if detach}
         return self.scaled(torch.func.functional_call(final_norm, frozen, (hidden,)) if norm else hidden)
@@ -939,11 +931,11 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
 
 
 def internal_loss_sum(js: Tensor, advantages: Tensor, scales: Tensor, config: Config) -> Tensor:
-    """L_think of Eq. 7 before its division by N, L_attn of Eq. 10 before that by S: sum of scale clip(A, -c, c) JS.
+    """Sum scale clip(A, -c, c) JS: L_think of Eq. 7 before its division by N, L_attn of Eq. 10 before that by S.
 
-    (n,) three times -> (), gradient to `js` alone. Minimised: a positive advantage lowers the divergence of student and
-    teacher, a negative one raises it. `scales` make of the mean over all n what `internal_mean` says: N / (R T_i), and
-    S / (R S_i) for L_attn, leave 1 / (R T_i), a mean over rollouts of means over the tokens of each; 1 leaves 1 / N.
+    (n,) three times -> (), gradient to `js` alone. Minimizing it lowers the divergence of student and teacher where A
+    is positive and raises it where A is negative. `pack` computes the scales. By rollout they are N / (R T_i), or
+    S / (R S_i), so that the division leaves 1 / (R T_i), the mean over rollouts of the mean over tokens. By token, 1.
     """
     c, sign = config.advantage_clip, config.advantage_sign  # for an ablation, only advantages of one sign count
     clipped_advantages = advantages.clamp(0.0 if sign == "positive" else -c, 0.0 if sign == "negative" else c)

@@ -176,7 +176,7 @@ def measure(config: oisd.Config, folder: Path) -> list[int]:
     problems, _ = oisd.load_problems(config.train_data, tokenizer, config)
     tapped = TappedModel(model, config).eval()
     inputs.check_model(tapped)  # on the CPU in float32, as a run does; then as the config says
-    model.to(device).set_attn_implementation(config.kernel)
+    model.to(device).set_attn_implementation(config.kernel if device.type == "cuda" else "sdpa")
     sampler = laptop.HfSampler(model, end_ids, config, device)
     prompts = [p.prompt_ids for p in oisd.step_problems(problems, 0, config) for _ in range(config.group_size)]
     samples = sampler.stream(prompts, list(range(len(prompts))))
