@@ -88,7 +88,7 @@ from plumbing import Interrupted, Signals, TrainingError, full_weights, gather, 
 from rows import js_rows, kernel, log_ratios, on_gpu, row_stats, write_softmax
 from settings import Parser, UserError, derive_seed, one_line, read_table, toml_table
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 LN2 = math.log(2)
 CACHED_NUMBERS = 2**19  # of a tensor that a processor's cache keeps among a few others
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # BuPO's
@@ -152,7 +152,7 @@ class Config:
     student_layer: AtLeastOne = 6  # l, counted from 1, below the last layer, which is the teacher
     think_weight: NotNegative = 1.0  # weight of L_think; 0: off
     attention_weight: NotNegative = 0.1  # weight of L_attn; 0: off
-    internal_mean: Literal["rollout", "token"] = "rollout"  # of both, over rollouts as in Eq. 7-11, or over tokens
+    internal_mean: Literal["rollout", "token"] = "rollout"  # both losses: mean over rollouts (Eq. 7-11), or over tokens
     lens_norm: bool = True  # read inner layers through the final norm, as in Eq. 5; false: as BuPO's code does
     measure_js: bool = True  # log both JS even if their weights are 0; false: compute only what is trained
     distill_temperature: Positive = 1.0  # tau, temperature of both lens distributions
@@ -265,7 +265,7 @@ def load_config(arguments: Sequence[str] | None = None, kind: type[Config] = Con
     if "output_dir" in given:
         raise UserError("--resume continues in the run's own folder: leave --output_dir out")
     table, values = read_table(kind, f"{folder}/config.toml:")
-    values.setdefault("internal_mean", "token")  # runs of version 0.2 know no other
+    values.setdefault("internal_mean", "token")  # what every run did before version 0.3
     before = dataclasses.asdict(kind(**values))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != before[name]:
