@@ -23,11 +23,11 @@ ones push it away. The final layer alone acts; nothing is added to inference. On
     python oisd.py                                               a small model learns, on a laptop
     accelerate launch oisd.py --config configs.toml:qwen3_4b     the paper's main run
 
-Where the paper states no value, this file takes: the gradient of L_think into head and norm too; tau = c = 1; 64
+Where the paper states no value, this file uses: the gradient of L_think into head and norm too; tau = c = 1; 64
 decoding steps per rollout, evenly spaced instead of drawn, so that any split into batches agrees; 64 local and at most
-64 strided keys; old log-probs recomputed by the trainer. The README's table of deviations has them all. What any
-trainer has stands beside this file: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py`
-reads settings; `rows.py` has the kernels of the lens pass.
+64 strided keys. The README's section "Deviations and choices" has them all. Generic training code lives in separate
+files: `inputs.py` loads problems and models, `plumbing.py` keeps runs, `settings.py` reads settings; `rows.py` has the
+kernels of the lens pass.
 The paper's other rows are tables of `configs.toml`; PPO and OPSD, in `baselines/`, take the places of `Method`.
 
 Dimensions, single capitals throughout:
@@ -111,6 +111,7 @@ class Config:
     table: ClassVar[str] = "tiny"  # of configs.toml, where no other is named
     resumable: ClassVar[bool] = True  # from a checkpoint
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # the field that bounds the longest prompt of any pass
+    before: ClassVar[dict[str, Any]] = {"internal_mean": "token"}  # what runs did whose config.toml lacks the field
     renamed: ClassVar[dict[str, str]] = {"gradient_checkpointing": "recompute_layers", "js_clip": "OPSD's alone"}
 
     # Model and problems
@@ -265,7 +266,7 @@ def load_config(arguments: Sequence[str] | None = None, kind: type[Config] = Con
     if "output_dir" in given:
         raise UserError("--resume continues in the run's own folder: leave --output_dir out")
     table, values = read_table(kind, f"{folder}/config.toml:")
-    values.setdefault("internal_mean", "token")  # what every run did before version 0.3
+    values = kind.before | values
     before = dataclasses.asdict(kind(**values))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != before[name]:
@@ -850,7 +851,7 @@ class TappedModel(nn.Module):
         return logprobs, self.read(policy_hidden, batch)[0] if self.policy_layer else logprobs
 
     def read(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Of normed hidden states (N, D), without gradient: log-probs of the response tokens and entropies, (N,)."""
+        """Score what the head reads, (N, D), without gradient: -> log-probs of the response tokens, entropies, (N,)."""
         return read_tokens(hidden, self.head, batch.target_ids, self.config)
 
     def losses(self, batch: PackedBatch) -> dict[str, Tensor]:
@@ -1013,7 +1014,7 @@ class LensPass(torch.autograd.Function):
     differentiates the losses by the (n,) log-probs and JS; the gradients by hidden states and by the head are a product
     each, for both layers together. No logits outlive their chunk, and none is computed twice.
 
-    `apply(policy_hidden (N, D), student_hidden (N, D) or None, head (V, D), batch, config)`, hidden states normed. The
+    `apply(policy_hidden (N, D), student_hidden (N, D) or None, head (V, D), batch, config)`, of `lens_hidden`. The
     teacher is the policy. -> the token loss, with gradient to policy, student and head (no second derivative); and,
     detached, both losses separately, then log-probs, entropy, JS and student entropy, (N,) each, 0 without a student.
     """
@@ -1063,7 +1064,7 @@ class LensPass(torch.autograd.Function):
 
 @torch.no_grad()
 def read_tokens(hidden: Tensor, head: Tensor, target_ids: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Score tokens: normed hidden states (N, D) -> log-probs of `target_ids` and entropies, (N,) each, in nats.
+    """Score tokens: what the head reads, (N, D) -> log-probs of `target_ids` and entropies, (N,) each, in nats.
 
     Chunks, products and kernels are those of `LensPass`, so the ratio before any update is exactly 1.
     """
@@ -1210,7 +1211,7 @@ def set_old_logprobs(run: Run, rollouts: Sequence[Rollout]) -> float:
 
 
 def accumulate_gradients(run: Run, rollouts: Sequence[Rollout], max_tokens: int) -> dict[str, float]:
-    """Gradients of one optimizer update, in micro-batches; -> sums over its tokens and decoding steps, of all ranks.
+    """Gradients of one optimizer update, in micro-batches; -> its losses, and sums of the other metrics, of all ranks.
 
     Every loss is a sum, divided here by the counts N and S of the whole update, which all ranks know from the rollouts:
     no split changes a gradient. FSDP2 averages gradients over ranks; the factor `world()` makes that a sum.
@@ -1227,7 +1228,9 @@ def accumulate_gradients(run: Run, rollouts: Sequence[Rollout], max_tokens: int)
     vector = torch.stack([value.cpu().double() for value in totals.values()])
     if world() > 1:
         dist.all_reduce(vector)
-    return dict(zip(totals, vector.tolist()))
+    sums = dict(zip(totals, vector.tolist()))
+    means = {name: sums[name] / (S if name == "attention_loss" else N) for name in sums if name.endswith("_loss")}
+    return sums | means
 
 
 def gradient_norms(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -1262,7 +1265,8 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
         run.optimizer.zero_grad()
         norms.append(found[0].item())
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-    return step_means(totals, rollouts, config) | {"grad_norm": statistics.fmean(norms)} | apart
+    losses = {name: totals.pop(name) / len(norms) for name in list(totals) if name.endswith("_loss")}
+    return step_means(totals, rollouts, config) | losses | {"grad_norm": statistics.fmean(norms)} | apart
 
 
 def step_means(totals: dict[str, float], rollouts: Sequence[Rollout], config: Config) -> dict[str, float | None]:

@@ -5,6 +5,7 @@ tiny and random. The whole program, on one and two processes, is tested in `test
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -467,6 +468,11 @@ def losses_by_hand(model, rollout, config):
     inner, L, tau, M = config.student_layer, len(h), config.distill_temperature, len(rollout.prompt_ids)
     context = slice(M - 1, -1)  # the last position of each context, where the next token is predicted
     E_u, LN = model.lm_head.weight, model.model.norm
+    if config.lens_grad == "hidden":  # the student's gradient stops at h^l
+        frozen = {"normalized_shape": (32,), "weight": LN.weight.detach(), "eps": LN.eps}
+        read_out = E_u.detach(), functools.partial(F.rms_norm, **frozen)
+    else:
+        read_out = E_u, LN
     z = LN(h[L][context]) @ E_u.T  # Eq. 3
     targets = torch.tensor(rollout.response_ids)[:, None]
     ratio = ((z / config.temperature).log_softmax(-1).gather(1, targets)[:, 0] - rollout.old_logprobs).exp()
@@ -475,8 +481,8 @@ def losses_by_hand(model, rollout, config):
     grpo = -surrogate.clamp(min=config.dual_clip * A) if A < 0 else -surrogate
     A = max(-config.advantage_clip, min(config.advantage_clip, A))
 
-    student = LN(h[inner][context]) if config.lens_norm else h[inner][context]
-    p, teacher = (student @ E_u.T / tau).softmax(-1), (z / tau).softmax(-1).detach()  # Eq. 5, 6
+    student = read_out[1](h[inner][context]) if config.lens_norm else h[inner][context]
+    p, teacher = (student @ read_out[0].T / tau).softmax(-1), (z / tau).softmax(-1).detach()  # Eq. 5, 6
     think = (A * js_by_hand(p, teacher)).mean()  # Eq. 7
 
     attention = []
@@ -502,6 +508,12 @@ def objective_by_hand(model, rollouts, config):
     return loss + config.attention_weight * sum(share * x for share, x in zip(of_steps, attention))
 
 
+CASES = {
+    "paper": {},
+    "no norm": {"lens_norm": False, "distill_temperature": 2.0},
+    "hidden": {"lens_grad": "hidden", "temperature": 0.8},
+    "no norm, hidden": {"lens_norm": False, "lens_grad": "hidden"},
+}
 WEIGHTS = {
     "all": {"think_weight": 0.7, "attention_weight": 0.4},
     "think": {"policy_weight": 0.0, "attention_weight": 0.0},
@@ -511,10 +523,10 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("internal_mean", ["rollout", "token"])
 @pytest.mark.parametrize("which", WEIGHTS)
-@pytest.mark.parametrize("changes", [{}, {"lens_norm": False, "distill_temperature": 2.0}], ids=["paper", "no norm"])
-def test_the_objective_is_the_papers_written_out(float64, monkeypatch, which, internal_mean, changes):
-    """Responses of 3, 17, 200, 40 and 1 tokens, in one micro-batch and in five, against dense autograd."""
-    config = with_config(**WEIGHTS[which], **changes, internal_mean=internal_mean)
+@pytest.mark.parametrize("case", CASES)
+def test_the_objective_is_the_papers_written_out(float64, monkeypatch, which, internal_mean, case):
+    """Responses of 3, 17, 200, 40 and 1 tokens, in one micro-batch and in five and an empty one: dense autograd."""
+    config = with_config(**WEIGHTS[which], **CASES[case], internal_mean=internal_mean)
     generator = torch.Generator().manual_seed(4)
     rollouts = []
     for count, advantage in ((3, 0.5), (17, -0.75), (200, 1.5), (40, -2.5), (1, 0.3)):
@@ -526,15 +538,15 @@ def test_the_objective_is_the_papers_written_out(float64, monkeypatch, which, in
     expected.backward()
     dense = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     whole, mine = gradients(model, config, rollouts)
-    monkeypatch.setattr(oisd, "micro_batches", lambda *_: [[4], [2], [0], [3], [1]])
+    monkeypatch.setattr(oisd, "micro_batches", lambda *_: [[4], [2], [0], [3], [1], []])
     parts, split = gradients(model, config, rollouts)
     assert_same_gradients(split, mine, rtol=1e-12, atol=1e-13)
     assert parts == pytest.approx(whole, rel=1e-12)
     dense = {name: dense.get(name, torch.zeros_like(gradient)) for name, gradient in mine.items()}
     assert_same_gradients(mine, dense, rtol=1e-12, atol=1e-12)
-    N, S = oisd.counts(rollouts, config)
-    found = config.policy_weight * whole["policy_loss"] / N + config.think_weight * whole["think_loss"] / N
-    assert math.isclose(found + config.attention_weight * whole["attention_loss"] / S, expected.item(), rel_tol=1e-12)
+    weights = config.policy_weight, config.think_weight, config.attention_weight
+    found = [whole[name] for name in ("policy_loss", "think_loss", "attention_loss")]
+    assert math.isclose(sum(w * x for w, x in zip(weights, found)), expected.item(), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -598,7 +610,7 @@ def test_an_inner_policy_trains_what_it_stands_on_alone(lens_norm):
     torch.testing.assert_close(inner, torch.cat(logprobs), **SINGLE)
     assert (final - inner).abs().max() > 0.1
     sums = oisd.accumulate_gradients(run, rollouts, 10**6)
-    torch.testing.assert_close(sums["policy_loss"], losses.item(), **SINGLE)
+    torch.testing.assert_close(sums["policy_loss"], losses.item() / len(batch.predicted), **SINGLE)
     (losses / len(batch.predicted)).backward()
     for (name, mine), dense in zip(model.named_parameters(), other.parameters()):
         above = ".layers.2." in name or ".layers.3." in name or (name == "model.norm.weight" and not lens_norm)

@@ -256,7 +256,7 @@ def test_a_baselines_run_opens_too_and_one_without_weights_says_so(runs, tmp_pat
 
 @pytest.mark.parametrize("kind", ["table", "attention", "layers", "agreement", "scores", "norms", "responses"])
 def test_every_picture_is_drawn(kind, runs, tmp_path, capsys):
-    places = list(map(str, runs if kind != "attention" else runs[:1]))
+    places = list(map(str, runs[:1] if kind in ("attention", "norms") else runs))
     words = [kind, *places, "--output", str(tmp_path / "picture.png"), "--problems", "4"]
     assert lens.main(words) == 0, capsys.readouterr().err
     assert (tmp_path / "picture.png").stat().st_size > 5000
@@ -267,6 +267,7 @@ def test_every_picture_is_drawn(kind, runs, tmp_path, capsys):
 def test_what_a_picture_lacks_is_said_in_a_line(runs, toy, tmp_path, capsys):
     bare = tmp_path / "bare"
     assert oisd.main(toy_arguments(toy, bare, num_steps=1, rollouts_every=0)) == 0
+    assert lens.main(["attention", str(runs[0]), "--output", str(tmp_path / "one.png"), "--tokens", "1"]) == 0
     for kind, said in (("norms", "--gradient_norms_every 1"), ("responses", "see rollouts_every")):
         assert lens.main([kind, str(bare), "--output", str(tmp_path / "none.png")]) == 2
         assert said in capsys.readouterr().err

@@ -17,6 +17,8 @@ import grader
 import laptop
 import oisd
 import plumbing
+from baselines import opsd, ppo
+from settings import toml_table
 from test_oisd import js_by_hand, keys_by_hand
 
 
@@ -90,7 +92,8 @@ def step_by_hand(toy, rows, advantages, config):
     found, own, norms, cuts = defaultdict(list), {}, [], torch.zeros(3)
     start = [parameter.detach().bfloat16() for parameter in model.parameters()]
     for update in torch.arange(len(rows)).split(config.mini_batch_prompts * config.group_size):
-        apart, R, N = defaultdict(float), len(update), sum(len(ids[i][1]) for i in update)
+        apart, losses = defaultdict(float), defaultdict(float)
+        R, N = len(update), sum(len(ids[i][1]) for i in update)
         S = sum(min(config.attention_steps, len(ids[i][1])) for i in update)
         for i in update.tolist():
             A, C = advantages[i], max(-config.advantage_clip, min(config.advantage_clip, advantages[i]))
@@ -103,20 +106,22 @@ def step_by_hand(toy, rows, advantages, config):
             policy = -torch.where(dual, config.dual_clip * A, surrogate)
             if config.importance_cap:
                 policy = policy * (-SHIFTS[: len(ratio)]).exp().clamp(max=config.importance_cap)
-            apart["policy"] += config.policy_weight * policy.sum() / N
+            losses["policy"] += policy.sum() / N
             think, attention = C * js * N / (R * len(js)), C * attention_js * S / (R * len(attention_js))
             if config.internal_mean == "token":
                 think, attention = C * js, C * attention_js
-            apart["think"] += config.think_weight * think.sum() / N
-            apart["attention"] += config.attention_weight * attention.sum() / S
+            losses["think"] += think.sum() / N
+            losses["attention"] += attention.sum() / S
             cuts += torch.stack([high, low, dual]).sum(1)
-            values = {"policy_loss": policy, "think_loss": think, "think_js": js, "clip_fraction": high | low | dual}
+            values = {"think_js": js, "clip_fraction": high | low | dual, "attention_js": attention_js}
             values |= {"entropy": entropy, "student_entropy": student_entropy}
-            values |= {"attention_loss": attention, "attention_js": attention_js}
             sign = "positive" if A > 0 else "negative" if A < 0 else "zero"
             values |= {f"think_js_{sign}": js, f"attention_js_{sign}": attention_js}
             for name, tensor in values.items():
                 found[name] += tensor.tolist()
+        for name, loss in losses.items():
+            apart[name] = getattr(config, f"{name}_weight") * loss
+            found[f"{name}_loss"].append(loss.item())
         if config.gradient_norms_every and not norms:
             for name, loss in apart.items():
                 gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
@@ -337,15 +342,21 @@ def test_what_would_change_results_may_not_change_on_resume(toy, tmp_path, capsy
             assert f"--resume: {name} = {value!r}, but the run in" in capsys.readouterr().err
 
 
-def test_a_run_from_before_internal_mean_goes_on_as_it_began(toy, tmp_path):
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=0, test_data="")) == 0
-    assert oisd.load_config(["--resume", str(run)])[1].internal_mean == "rollout"
-    lines = (run / "config.toml").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    "kind,table,mean",
+    [
+        (oisd.Config, "tiny", "token"),
+        (ppo.PpoConfig, "tiny_ppo", "token"),
+        (opsd.OpsdConfig, "tiny_opsd", "rollout"),  # the field means nothing to it
+    ],
+)
+def test_a_run_from_before_internal_mean_goes_on_as_it_began(kind, table, mean, tmp_path):
+    lines = toml_table(*oisd.load_config([f"--config=configs.toml:{table}"], kind)).splitlines()
     older = [line for line in lines if not line.startswith("internal_mean")]
     assert len(older) == len(lines) - 1
-    (run / "config.toml").write_text("\n".join(older), encoding="utf-8")
-    assert oisd.load_config(["--resume", str(run)])[1].internal_mean == "token"
+    for text, expected in ((lines, "rollout"), (older, mean)):
+        (tmp_path / "config.toml").write_text("\n".join(text), encoding="utf-8")
+        assert oisd.load_config(["--resume", str(tmp_path)], kind)[1].internal_mean == expected
 
 
 def test_spread_weights_look_the_same_and_move_as_much_as_the_masters(toy):

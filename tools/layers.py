@@ -10,6 +10,7 @@ the teacher whose FFN does:
 
     signal_l = H(after the FFN of layer l) - H(before it)                    student = max { l < L : signal_l > 0 }
 
+The residual stream is the paper's H of Eq. 2. BuPO's plotting code compares the FFN module's own input and output.
 Everything is measured twice: through the final norm, as in the paper's Eq. 5, and without it, as in BuPO's code. The
 second command can tell which of the two Figure 5 shows: its layer 6 starts at 11.647 nats, where ln V is 11.931.
 

@@ -176,8 +176,11 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[st
 
 @contextlib.contextmanager
 def early_exit(model: oisd.TappedModel, layer: int):
-    """Within: the model ends behind this layer, so that its lens answers."""
+    """Let the model end after this layer, so that its lens answers."""
     decoder = model.model.get_decoder()
+    norm = getattr(decoder, model.norm_name)
+    if not model.config.lens_norm and layer < len(model.taps):
+        setattr(decoder, model.norm_name, nn.Identity())
     name = next(name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList))
     whole = getattr(decoder, name)
     setattr(decoder, name, whole[:layer])
@@ -186,6 +189,7 @@ def early_exit(model: oisd.TappedModel, layer: int):
         yield
     finally:
         setattr(decoder, name, whole)
+        setattr(decoder, model.norm_name, norm)
         decoder.config.num_hidden_layers = len(whole)
 
 
@@ -216,8 +220,10 @@ def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, fl
     hook = model.layers[0].register_forward_pre_hook(
         lambda _, taken, named: first.append(taken[0] if taken else named["hidden_states"]), with_kwargs=True
     )
-    ((batch, hidden),) = look(opened, [rollout])
-    hook.remove()
+    try:
+        ((batch, hidden),) = look(opened, [rollout])
+    finally:
+        hook.remove()
     states, cells = [first[0][0, batch.predicted - 1], *hidden], []
     for layer, state in enumerate(states):
         best = model.lens(state, opened.config.lens_norm or layer == len(hidden)).max(-1)
@@ -244,15 +250,15 @@ def table(places: Iterable[Opened], options) -> None:
             name = f"{opened.name}\n" if len(places) > 1 else ""
             labels.append(name + ("h_out" if layer == depth else f"h{layer}_out"))
     logits = [[logit for _, logit in row] for row, _ in rows]
-    most = math.ceil(max(map(max, logits)))
+    least, most = min(0, math.floor(min(map(min, logits)))), math.ceil(max(map(max, logits)))
     height = 0.3 * len(rows) * (1 + 0.4 * (len(places) > 1))
     figure, axis = plt.subplots(figsize=(max(5.0, 0.6 * len(said) + 1.2), height + 1.6), layout="constrained")
-    image = axis.imshow(logits, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    image = axis.imshow(logits, cmap="Blues", vmin=least, vmax=most, aspect="auto")
     for y, (row, last) in enumerate(rows):
         for x, (index, logit) in enumerate(row):
             word = first.token(index)
             short = word if len(word) < 9 else word[:7] + "…"
-            colour = "white" if logit > most / 2 else "black"
+            colour = "white" if logit > (least + most) / 2 else "black"
             axis.text(x, y, short, ha="center", va="center", fontsize=7, color=colour, parse_math=False)
             agrees = last is not None and index == last[x][0]
             edge = {"linewidth": 1.8, "zorder": 3} if agrees else {"linewidth": 0.5}
@@ -260,7 +266,7 @@ def table(places: Iterable[Opened], options) -> None:
     axis.set_yticks(range(len(rows)), labels, fontsize=8, parse_math=False)
     axis.set_xticks(range(len(said)), said, fontsize=8, rotation=40, ha="left", parse_math=False)
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    bar = figure.colorbar(image, location="top", shrink=0.6, aspect=40, ticks=[0, most])
+    bar = figure.colorbar(image, location="top", shrink=0.6, aspect=40, ticks=[least, most])
     bar.outline.set_visible(False)
     figure.supxlabel(f"{question(first, problem)}   gold: {problem.answer}", fontsize=8, parse_math=False)
     save(figure, options.output)
@@ -289,7 +295,7 @@ def attention(places: Iterable[Opened], options) -> None:
     words, owners = split_words([opened.token(index) for index in rollout.prompt_ids + rollout.response_ids])
     figure, axes = plt.subplots(2, figsize=(9, 1.0 + 0.6 * (len("".join(words)) // WIDTH + 1)), layout="constrained")
     for batch, _ in look(opened, [rollout]):
-        queries = (batch.predicted - 1)[-(-3 * len(batch.predicted) // 4) :]
+        queries = (batch.predicted - 1)[3 * len(batch.predicted) // 4 :]
         keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (n, T)
         for axis, layer in zip(axes, (opened.config.student_layer, len(model.taps))):
             scores = oisd.attention_scores(model.taps[layer - 1], queries, keys, keys <= queries[:, None])
@@ -389,6 +395,7 @@ def agreement(runs: list[str], options, words: list[str]) -> None:
     """
     size = {"figsize": (9, 0.5 + 2.3 * len(runs)), "layout": "constrained"}
     figure, axes = plt.subplots(len(runs), squeeze=False, **size)
+    images = []
     for run, axis in zip(runs, axes[:, 0]):
         stored = plumbing.checkpoints(Path(run))
         if not stored:
@@ -402,19 +409,22 @@ def agreement(runs: list[str], options, words: list[str]) -> None:
             student = measure_layers(opened, rollouts)[opened.config.student_layer - 1]
             print(f"{place}: {1 - student['attention_js'] / math.log(2):.4f}", flush=True)
             cells.append(agreement_by_word(opened, shown, torch.tensor(owners)))
-        image = axis.imshow(cells, cmap="Purples", aspect="auto")
+        images.append(axis.imshow(cells, cmap="Purples", aspect="auto"))
         axis.set_yticks(range(len(stored)), [str(int(place.name[5:])) for place in stored])
         axis.set_xticks(range(len(said)), said, rotation=45, ha="right", fontsize=8, parse_math=False)
         axis.set_ylabel("Training step")
         axis.set_title(run, fontsize=9, loc="left")
-        figure.colorbar(image, ax=axis, label="Similarity")
+    low, high = min(image.norm.vmin for image in images), max(image.norm.vmax for image in images)
+    for image in images:
+        image.set_clim(low, high)
+    figure.colorbar(images[0], ax=axes[:, 0], label="Similarity")
     save(figure, options.output)
 
 
 @torch.no_grad()
 def agreement_by_word(opened: Opened, rollout: oisd.Rollout, owners: Tensor) -> list[float]:
     """1 - JS / log 2 of student's and final layer's attention where each word is predicted, mean over its tokens."""
-    opened.model.config = everywhere = dataclasses.replace(opened.config, attention_steps=len(owners))
+    everywhere = dataclasses.replace(opened.config, attention_steps=len(owners))
     batch = oisd.pack([rollout], everywhere, opened.model.head.device)
     opened.model.hidden_states(batch)
     js = oisd.attention_js(opened.model.student_tap, opened.model.taps[-1], batch, everywhere).float().cpu()
@@ -439,18 +449,21 @@ def norms(runs: list[str], options) -> None:
     """Of L_think and L_attn themselves: the logged norms are those of the weighted losses."""
     figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.6), layout="constrained", squeeze=False)
     for run, axis in zip(runs, axes[0]):
+        if not (Path(run) / "config.toml").is_file():
+            raise UserError(f"{run} is no run")
         (settings,) = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")).values()
-        rows = [row for row in plumbing.read_metrics(Path(run)) if "grad_norm_policy" in row]
-        if not rows:
-            raise UserError(f"{run} has no gradient norms of single losses: train with --gradient_norms_every 1")
+        rows = plumbing.read_metrics(Path(run))
         for loss, label, colour in (("think", "think", "tab:blue"), ("attention", "attn", "tab:orange")):
             weight, name = settings[f"{loss}_weight"], f"grad_norm_{loss}"
             points = [(row["step"], row[name] / weight) for row in rows if name in row]
             axis.plot(*zip(*points), linewidth=2, label=label, color=colour) if points else None
+        if not axis.lines:
+            weights = ", ".join(f"{name} = {settings[name]}" for name in ("think_weight", "attention_weight"))
+            raise UserError(f"{run}, {weights}, has no gradient norms of them: train with --gradient_norms_every 1")
         axis.set(xlabel="Training step", ylabel="Gradient Norm")
         axis.set_title(run, fontsize=9)
         axis.grid()
-        axis.legend(loc="lower right") if axis.lines else None
+        axis.legend(loc="lower right")
     save(figure, options.output)
 
 
@@ -496,7 +509,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png)")
     parser.add_argument("--problem", type=int, default=0, help="which problem, from 0 (not for layers, scores, norms)")
     parser.add_argument("--problems", type=int, default=128, help="how many (layers, agreement; default: 128)")
-    parser.add_argument("--tokens", type=int, default=0, help="of the response (default: 13 in a table, else 200)")
+    parser.add_argument("--tokens", type=int, default=0, help="of a response (13; agreement 40; attention 200)")
     parser.add_argument("--layers", type=int, default=0, help="rows, about (table; default: 18, of several places two)")
     parser.add_argument("--answers", type=int, default=3, help="of each run (responses; default: 3)")
     options, rest = parser.parse_known_args(words)
@@ -505,7 +518,7 @@ def main(words: list[str] | None = None) -> int:
     if options.kind == "attention" and len(options.places) > 1:
         parser.error("attention draws one place at a time")
     options.output = options.output or Path(f"lens-{options.kind}.png")
-    options.tokens = options.tokens or (13 if options.kind == "table" else 200)
+    options.tokens = options.tokens or {"table": 13, "agreement": 40}.get(options.kind, 200)
     options.layers = options.layers or (18 if len(options.places) == 1 else 0)
     try:
         if options.kind in kinds:

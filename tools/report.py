@@ -199,7 +199,8 @@ def lens_tables(runs: list[Report], count: int, tokens: int) -> str:
         for problem, rollout in zip(opened.problems, opened.sample(count)):
             rollout.response_ids = rollout.response_ids[:tokens]
             cells = lens.lens_cells(opened, rollout)
-            most = max(logit for row in cells for _, logit in row)
+            logits = [logit for row in cells for _, logit in row]
+            low, high = min(0, *logits), max(logits)
             said = [opened.token(index) for index in rollout.response_ids]
             rows = [rows_of(["said", *map(escape, said)], True)]
             for layer in reversed(layers):
@@ -207,7 +208,7 @@ def lens_tables(runs: list[Report], count: int, tokens: int) -> str:
                 row = f"<th>{layer} {marks.get(layer, '')}</th>"
                 for place, (index, logit) in enumerate(cells[layer]):
                     same, word = ' class="same"' if index == cells[-1][place][0] else "", opened.token(index)
-                    shade = f"rgba(31,111,180,{max(0, 0.7 * logit / most):.2f})"
+                    shade = f"rgba(31,111,180,{0.7 * (logit - low) / max(high - low, 1e-9):.2f})"
                     row += f'<td{same} style="background:{shade}" title="{logit:.2f}">{escape(word)}</td>'
                 rows.append(f"<tr>{row}</tr>")
             prompt = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True)

@@ -108,9 +108,10 @@ class Planned:
             own, common = ({field.name for field in dataclasses.fields(k)} for k in (kind, oisd.Config))
             if found.keys() - own or own - common - found.keys():
                 raise UserError(f"{self.folder} was made by another program than {kind.program}: move that run away")
+            unused = {"internal_mean"} if config.think_weight == config.attention_weight == 0 else set()
             for name, value in dataclasses.asdict(config).items():
-                if name not in FREE and value != "auto" and found.get(name, getattr(kind, name)) != value:
-                    other = found.get(name, getattr(kind, name))
+                other = found.get(name, kind.before.get(name, getattr(kind, name)))
+                if name not in FREE | unused and value != "auto" and other != value:
                     raise UserError(f"{self.folder} has {name} = {other!r}, the spec {value!r}: move that run away")
 
     def launch(self, launcher: list[str]) -> bool:
