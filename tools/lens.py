@@ -250,7 +250,8 @@ def table(places: Iterable[Opened], options) -> None:
             name = f"{opened.name}\n" if len(places) > 1 else ""
             labels.append(name + ("h_out" if layer == depth else f"h{layer}_out"))
     logits = [[logit for _, logit in row] for row, _ in rows]
-    least, most = min(0, math.floor(min(map(min, logits)))), math.ceil(max(map(max, logits)))
+    final = [max(row) for row, label in zip(logits, labels) if label.endswith("h_out")]
+    least, most = min(0, math.floor(min(map(min, logits)))), math.ceil(max(final))  # tied embeddings may lie far above
     height = 0.3 * len(rows) * (1 + 0.4 * (len(places) > 1))
     figure, axis = plt.subplots(figsize=(max(5.0, 0.6 * len(said) + 1.2), height + 1.6), layout="constrained")
     image = axis.imshow(logits, cmap="Blues", vmin=least, vmax=most, aspect="auto")
@@ -258,7 +259,7 @@ def table(places: Iterable[Opened], options) -> None:
         for x, (index, logit) in enumerate(row):
             word = first.token(index)
             short = word if len(word) < 9 else word[:7] + "…"
-            colour = "white" if logit > (least + most) / 2 else "black"
+            colour = "white" if logit - least > 0.6 * (most - least) else "black"
             axis.text(x, y, short, ha="center", va="center", fontsize=7, color=colour, parse_math=False)
             agrees = last is not None and index == last[x][0]
             edge = {"linewidth": 1.8, "zorder": 3} if agrees else {"linewidth": 0.5}

@@ -199,8 +199,7 @@ def lens_tables(runs: list[Report], count: int, tokens: int) -> str:
         for problem, rollout in zip(opened.problems, opened.sample(count)):
             rollout.response_ids = rollout.response_ids[:tokens]
             cells = lens.lens_cells(opened, rollout)
-            logits = [logit for row in cells for _, logit in row]
-            low, high = min(0, *logits), max(logits)
+            low, high = min(0, *(logit for row in cells for _, logit in row)), max(logit for _, logit in cells[-1])
             said = [opened.token(index) for index in rollout.response_ids]
             rows = [rows_of(["said", *map(escape, said)], True)]
             for layer in reversed(layers):
@@ -208,7 +207,7 @@ def lens_tables(runs: list[Report], count: int, tokens: int) -> str:
                 row = f"<th>{layer} {marks.get(layer, '')}</th>"
                 for place, (index, logit) in enumerate(cells[layer]):
                     same, word = ' class="same"' if index == cells[-1][place][0] else "", opened.token(index)
-                    shade = f"rgba(31,111,180,{0.7 * (logit - low) / max(high - low, 1e-9):.2f})"
+                    shade = f"rgba(31,111,180,{0.7 * min(1, (logit - low) / max(high - low, 1e-9)):.2f})"
                     row += f'<td{same} style="background:{shade}" title="{logit:.2f}">{escape(word)}</td>'
                 rows.append(f"<tr>{row}</tr>")
             prompt = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True)
