@@ -653,7 +653,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         axis.grid(linestyle="--", alpha=0.5)
         if len(names) > 1 and axis.lines:
             axis.legend()
-    axes[0, 0].set_ylim(0, 1)
+    axes[0, 0].set_ylim(0, 1.02)
     temporary = path.with_suffix(".part.png")
     figure.savefig(temporary, dpi=100)
     plt.close(figure)

@@ -67,7 +67,7 @@ class Opened:
     problems: list
 
     def sample(self, count: int) -> list[oisd.Rollout]:
-        """A response to each of the first `count` problems, in order; the same draws for every model."""
+        """A response to each of the first `count` problems, in order; the same draws for every model of one seed."""
         prompts = [problem.prompt_ids for problem in self.problems[:count]]
         seeds = [derive_seed(self.config.seed, "lens", index) for index in range(len(prompts))]
         sampler = laptop.HfSampler(self.model.model, self.end_ids, self.config, self.model.head.device)
