@@ -195,6 +195,27 @@ def test_a_run_of_another_program_is_not_taken_for_the_specs(runs, tmp_path, mon
     assert "--resume" in launched[0] and "--resume" not in launched[1] and not (tmp_path / "run").exists()
 
 
+def test_an_older_run_is_the_token_means(runs, tmp_path):
+    """Before version 0.3 there was no `internal_mean`; without internal losses it makes no difference."""
+    for run in runs:
+        (settings,) = tomllib.loads((run / "config.toml").read_text()).values()
+        older = {name: value for name, value in settings.items() if name != "internal_mean"}
+        shutil.copytree(run, tmp_path / run.name)
+        lines = [f"{name} = {json.dumps(value)}" for name, value in older.items()]
+        (tmp_path / run.name / "config.toml").write_text("\n".join(["[toy]", *lines]))
+        words = [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in older.items()]
+        planned = [
+            sweep.Planned("", "", 0, ["oisd.py", *words, f"--internal_mean={mean}"], tmp_path / run.name)
+            for mean in ("token", "rollout")
+        ]
+        planned[0].check()
+        if run.name == "oisd":
+            with pytest.raises(UserError, match="has internal_mean = 'token', the spec 'rollout'"):
+                planned[1].check()
+        else:
+            planned[1].check()
+
+
 def test_statistics_of_a_sweep():
     """Student's t for three differences, and what the bootstrap of a constant must be."""
     assert sweep.t_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
