@@ -76,7 +76,7 @@ def test_the_first_ratio_is_one_and_any_batch_uses_the_same_kernels(everything_c
     for N in (37, 16, 5, 50, 2, 1, 0):
         final, student, head = (torch.randn(n, 24).bfloat16().requires_grad_() for n in (N, N, V))
         numbers = torch.randn(N)
-        batch = tokens_of(torch.randint(V, (N,)), numbers, numbers)
+        batch = tokens_of(torch.randint(V, (N,)), numbers, torch.ones(N), numbers)
         scored, _ = oisd.read_tokens(final, head, batch.target_ids, config)
         loss, _, _, logprobs, *_ = oisd.LensPass.apply(final, student, head, batch, config)
         loss.backward()
