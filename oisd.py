@@ -111,7 +111,7 @@ class Config:
     table: ClassVar[str] = "tiny"  # of configs.toml, where no other is named
     resumable: ClassVar[bool] = True  # from a checkpoint
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # the field that bounds the longest prompt of any pass
-    before: ClassVar[dict[str, Any]] = {"internal_mean": "token"}  # what runs did whose config.toml lacks the field
+    formerly: ClassVar[dict[str, Any]] = {"internal_mean": "token"}  # what runs did whose config.toml lacks the field
     renamed: ClassVar[dict[str, str]] = {"gradient_checkpointing": "recompute_layers", "js_clip": "OPSD's alone"}
 
     # Model and problems
@@ -266,7 +266,7 @@ def load_config(arguments: Sequence[str] | None = None, kind: type[Config] = Con
     if "output_dir" in given:
         raise UserError("--resume continues in the run's own folder: leave --output_dir out")
     table, values = read_table(kind, f"{folder}/config.toml:")
-    values = kind.before | values
+    values = kind.formerly | values
     before = dataclasses.asdict(kind(**values))
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != before[name]:
@@ -562,9 +562,11 @@ def pack(rollouts: Sequence[Rollout], config: Config, device: Any = "cpu", updat
         queries += [first - 1 + step for step in steps]
         advantages.append(torch.as_tensor(rollout.advantage).expand(count))
         query_advantages.append(advantages[-1][steps])
-        by_token = config.internal_mean == "token" or not steps
-        token_scales.append(torch.full((count,), 1.0 if by_token else mean_tokens / count))
-        query_scales.append(torch.full((len(steps),), 1.0 if by_token else mean_steps / len(steps)))
+        token_scale = query_scale = 1.0
+        if config.internal_mean == "rollout" and count:
+            token_scale, query_scale = mean_tokens / count, mean_steps / len(steps)
+        token_scales.append(torch.full((count,), token_scale))
+        query_scales.append(torch.full((len(steps),), query_scale))
         old.append(torch.zeros(count) if rollout.old_logprobs is None else rollout.old_logprobs)
     row, predicted = torch.tensor(row), torch.tensor(predicted, dtype=torch.long)
     batch = PackedBatch(

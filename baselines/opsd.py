@@ -54,7 +54,7 @@ class OpsdConfig(Config):
     program: ClassVar[str] = "baselines/opsd.py"
     table: ClassVar[str] = "tiny_opsd"
     prompt_limit: ClassVar[str] = "max_teacher_tokens"
-    before: ClassVar[dict[str, Any]] = {}
+    formerly: ClassVar[dict[str, Any]] = {}
     advantage: Literal["none"] = "none"  # every token counts alike, whatever the reward
     js_clip: NotNegative = 0.05  # most that each term of the vocabulary adds to JS, as in OPSD's code; 0: no limit
     # OPSD

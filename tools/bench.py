@@ -68,9 +68,7 @@ def lens_inputs(options, dtype=None):
     final, student = (torch.randn(N, D, device=device).to(dtype).requires_grad_() for _ in range(2))
     head = (torch.randn(V, D, device=device) / D**0.5).to(dtype).requires_grad_()
     targets, advantages = torch.randint(V, (N,), device=device), torch.randn(N, device=device)
-    old = torch.full((N,), -10.0, device=device)
-    batch = SimpleNamespace(target_ids=targets, advantages=advantages, token_scales=torch.ones_like(advantages))
-    batch.old_logprobs = batch.sampler_logprobs = old
+    batch = lens_batch(targets, advantages, torch.full((N,), -10.0, device=device))
     return final, student, head, batch, replace(oisd.Config(), lens_chunk_tokens=options.chunk)
 
 
@@ -86,6 +84,13 @@ def lens_ours(options):
         return lambda: {"loss": loss.item(), "gradient": head.grad.float().norm().item()}
 
     return work
+
+
+def lens_batch(targets, advantages, old):
+    """What a lens pass looks at of a batch, all tokens of equal weight."""
+    batch = SimpleNamespace(target_ids=targets, advantages=advantages, token_scales=advantages.new_ones(len(targets)))
+    batch.old_logprobs = batch.sampler_logprobs = old
+    return batch
 
 
 def dense_loss(final, student, head, batch, config):
@@ -312,8 +317,7 @@ def packing_side(packed, percent):
             hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             final = hidden[mask]  # losses on real tokens only: what is compared is the decoder
             numbers = torch.zeros(len(final), device=final.device)
-            row = SimpleNamespace(target_ids=numbers.long(), advantages=numbers + 1, old_logprobs=numbers - 9)
-            row.sampler_logprobs, row.token_scales = row.old_logprobs, row.advantages
+            row = lens_batch(numbers.long(), numbers + 1, numbers - 9)
             oisd.LensPass.apply(final, final, tapped.head, row, tapped.config)[0].backward()
             return dict
 

@@ -88,13 +88,18 @@ def run_of(place: Path) -> Path | None:
     return next((folder for folder in (place, *place.parents) if (folder / "config.toml").is_file()), None)
 
 
+def written_settings(run: Path) -> dict:
+    (values,) = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).values()
+    return values
+
+
 def settings_of(run: Path | None, place: str, words: list[str]) -> oisd.Config:
     """Of the table that `--config` names, else of the run; the words on top. Raises: UserError."""
     if run is None or "--config" in words:
         if run is None and "--config" not in words and place != "tiny_model":
             raise UserError(f"{place} is no run: name the table of its problems by --config FILE:TABLE")
         return oisd.load_config(words)[1]
-    (values,) = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).values()
+    values = written_settings(run)
     known = {field.name for field in dataclasses.fields(oisd.Config)}
     values = {name: value for name, value in values.items() if name in known}  # a baseline has more
     given, _ = oisd.Parser(oisd.Config, "lens.py", "").given(words)
@@ -146,6 +151,11 @@ def look(opened: Opened, rollouts: list[oisd.Rollout]):
         model.clear_taps()
 
 
+def layer_logits(model: oisd.TappedModel, hidden: Tensor, layer: int) -> Tensor:
+    """Read a layer, counted from 1, by the lens of the config; the last one always through the final norm."""
+    return model.lens(hidden, model.config.lens_norm or layer == len(model.taps))
+
+
 @torch.no_grad()
 def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[str, float]]:
     """Of every layer, means over response tokens (attention: over sampled decoding steps), in nats.
@@ -160,8 +170,7 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[st
         for rows in hidden.split(config.lens_chunk_tokens, dim=1):
             final = model.lens(rows[-1]) / config.distill_temperature
             for layer in range(layers):
-                normed = config.lens_norm or layer == layers - 1
-                logits = model.lens(rows[layer], normed) / config.distill_temperature
+                logits = layer_logits(model, rows[layer], layer + 1) / config.distill_temperature
                 logprobs = logits.log_softmax(-1)
                 totals[0, layer] += oisd.js_divergence(logits, final).double().sum().cpu()
                 totals[1, layer] -= (logprobs.exp() * logprobs).double().sum().cpu()
@@ -226,7 +235,7 @@ def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, fl
         hook.remove()
     states, cells = [first[0][0, batch.predicted - 1], *hidden], []
     for layer, state in enumerate(states):
-        best = model.lens(state, opened.config.lens_norm or layer == len(hidden)).max(-1)
+        best = layer_logits(model, state, layer).max(-1)
         cells.append(list(zip(best.indices.tolist(), best.values.tolist())))
     return cells
 
@@ -425,11 +434,9 @@ def agreement(runs: list[str], options, words: list[str]) -> None:
 @torch.no_grad()
 def agreement_by_word(opened: Opened, rollout: oisd.Rollout, owners: Tensor) -> list[float]:
     """1 - JS / log 2 of student's and final layer's attention where each word is predicted, mean over its tokens."""
-    everywhere = dataclasses.replace(opened.config, attention_steps=len(owners))
-    batch = oisd.pack([rollout], everywhere, opened.model.head.device)
-    opened.model.hidden_states(batch)
-    js = oisd.attention_js(opened.model.student_tap, opened.model.taps[-1], batch, everywhere).float().cpu()
-    opened.model.clear_taps()
+    config, model = dataclasses.replace(opened.config, attention_steps=len(owners)), opened.model
+    for batch, _ in look(dataclasses.replace(opened, config=config), [rollout]):
+        js = oisd.attention_js(model.student_tap, model.taps[-1], batch, config).float().cpu()
     sums = torch.zeros(int(owners[-1]) + 1).index_add_(0, owners, 1 - js / math.log(2))
     return (sums / owners.bincount()).tolist()
 
@@ -452,7 +459,7 @@ def norms(runs: list[str], options) -> None:
     for run, axis in zip(runs, axes[0]):
         if not (Path(run) / "config.toml").is_file():
             raise UserError(f"{run} is no run")
-        (settings,) = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8")).values()
+        settings = written_settings(Path(run))
         rows = plumbing.read_metrics(Path(run))
         for loss, label, colour in (("think", "think", "tab:blue"), ("attention", "attn", "tab:orange")):
             weight, name = settings[f"{loss}_weight"], f"grad_norm_{loss}"

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
 import plumbing
 from tools import plan
+from tools.bench import lens_batch
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16, dense
 SHAPES = {  # from the config.json of Qwen's models; `tiny` is for processors
@@ -317,9 +318,7 @@ def measure_lens(N: int, D: int, V: int, dtype: torch.dtype, repeats: int, path:
     numbers = torch.randn(N, device=device())
     old = torch.full_like(numbers, -math.log(V))
     targets = torch.randint(V, (N,), device=device())
-    ones = torch.ones_like(numbers)
-    batch = SimpleNamespace(target_ids=targets, advantages=numbers, token_scales=ones)
-    batch.old_logprobs = batch.sampler_logprobs = old
+    batch = lens_batch(targets, numbers, old)
     pair = torch.zeros(2, 2**28 if torch.cuda.is_available() else 2**20, device=device())
     table.measure("copy, the memory's ceiling", lambda: pair[0].copy_(pair[1]), repeats, moved=4.0 * pair.numel())
     pair.resize_(0)

@@ -142,7 +142,7 @@ def stage_lens(options):
     from transformers import AutoConfig
 
     import oisd
-    from tools.bench import dense_loss
+    from tools.bench import dense_loss, lens_batch
 
     _, config = oisd.load_config(options.words)
     shape, N = AutoConfig.from_pretrained(config.model), 2048 if cuda() else 64
@@ -154,9 +154,8 @@ def stage_lens(options):
     inputs = [x.to(dtype).requires_grad_() for x in truth]
     truth = [x.detach().float().requires_grad_() for x in inputs]
     numbers = torch.randn(N, device=device())
-    batch = SimpleNamespace(target_ids=torch.randint(V, (N,), device=device()), advantages=numbers)
-    batch.old_logprobs = batch.sampler_logprobs = torch.full_like(numbers, -math.log(V))
-    batch.token_scales = torch.ones_like(numbers)
+    targets = torch.randint(V, (N,), device=device())
+    batch = lens_batch(targets, numbers, torch.full_like(numbers, -math.log(V)))
     few = 512 if cuda() else N  # of the dense side
     part = SimpleNamespace(**{name: value[:few] for name, value in vars(batch).items()})
     dense_loss(truth[0][:few], truth[1][:few], truth[2], part, config).backward()

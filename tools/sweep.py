@@ -110,7 +110,7 @@ class Planned:
                 raise UserError(f"{self.folder} was made by another program than {kind.program}: move that run away")
             unused = {"internal_mean"} if config.think_weight == config.attention_weight == 0 else set()
             for name, value in dataclasses.asdict(config).items():
-                other = found.get(name, kind.before.get(name, getattr(kind, name)))
+                other = found.get(name, kind.formerly.get(name, getattr(kind, name)))
                 if name not in FREE | unused and value != "auto" and other != value:
                     raise UserError(f"{self.folder} has {name} = {other!r}, the spec {value!r}: move that run away")
 
