@@ -1,459 +1,369 @@
-"""One process: what a run computes, leaves and survives."""
+"""One process: what a run computes, reports, leaves and survives."""
 
+import dataclasses
+import itertools
 import json
 import math
 import os
-import pickle
+import resource
 import signal
-import subprocess
-import sys
-import time
+from statistics import fmean
 from types import SimpleNamespace
 
+import oisd
 import pytest
 import torch
-from conftest import ROOT, in_order, read_metrics, start_run, toy_arguments, toy_sampler, wait_for
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from safetensors.torch import load_file
+from support import grader, hf_sampler, problems, processes, run_folder
+from support.hf_sampler import HfSampler
+from support.settings import UserError
+from test_oisd import run_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import laptop
-import oisd
-import plumbing
-from settings import UserError, toml_table
-
-
-def test_sampling_depends_on_the_sequences_seed_alone(toy):
-    """Alone or in a batch, first or last: the same tokens, which is what lets runs be split and resumed."""
-    _, sampler, _, prompts = toy_sampler(toy)
-    together = in_order(sampler.stream(prompts, list(range(len(prompts)))), prompts)
-    for index in (0, 3, len(prompts) - 1):
-        alone = in_order(sampler.stream([prompts[index]], [index]), [prompts[index]])[0]
-        assert alone.response_ids == together[index].response_ids
-    assert len({tuple(ids) for _, ids, _, _ in sampler.stream([prompts[0]] * 32, list(range(32)))}) > 2
+from conftest import read_metrics, toy_arguments, toy_sampler
 
 
-def test_sequences_that_have_ended_leave_the_batch(toy, monkeypatch):
-    """No draw changes; the log-probs do by rounding, and the model sees fewer rows."""
-    _, config = oisd.load_config(toy_arguments(toy, "unused", max_response_tokens=40))
-    model, _ = oisd.load_model(config)
-    ends = list(range(0, model.config.vocab_size, 7))
+@pytest.fixture(autouse=True)
+def grade_by_spelling(monkeypatch):
+    """Compare the toy's digits without grader processes."""
+    monkeypatch.setattr(grader.Grader, "_verdict", lambda self, pair: pair[0] == pair[1])
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def checkpoints(run):
+    return [path.name for path in run_folder.checkpoints(run)]
+
+
+def test_a_sequence_depends_on_its_own_seed_only(toy, monkeypatch):
+    """Draw the same tokens in a batch that finished sequences leave and in one that they stay in."""
+    _, sampler, _, _ = toy_sampler(toy)
+    sampler.end_ids = list(range(0, 26, 7))
+    sampler.max_response_tokens = 40
     prompts = [[1 + i % 5] * (2 + i % 4) for i in range(12)]
-    sampler = laptop.HfSampler(model, ends, config, torch.device("cpu"))
-    seen, found = [], []
-    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.logits)))
+    found = []
     for segment in (3, 1000):
-        monkeypatch.setattr(laptop, "SEGMENT", segment)
+        monkeypatch.setattr(hf_sampler, "SEGMENT", segment)
         found.append(sorted(sampler.stream(prompts, list(range(12)))))
-        seen.append(None)
-    rows = [sum(part) for part in (seen[: seen.index(None)], seen[seen.index(None) + 1 : -1])]
-    assert rows[0] < 0.8 * rows[1]
-    for (index, ids, logprobs, finish), other in zip(*found):
-        assert (index, ids, finish) == (other[0], other[1], other[3])
-        assert logprobs == pytest.approx(other[2], abs=1e-5)
+    for one, other in zip(*found):
+        assert (one[:2], one[3]) == (other[:2], other[3])
+        assert one[2] == pytest.approx(other[2], abs=1e-5)
 
 
 def test_sampling_draws_from_the_softmax():
-    """Gumbel-max against the probabilities: 20,000 draws at temperature 0.5, by chi-squared."""
-    logits, draws = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0]), 20_000
-    sampling = laptop.SeededSampling(range(draws), temperature=0.5, end_ids=[1, 4])
-    scores = sampling(torch.zeros(draws, 1), logits.expand(draws, 5))
+    """Compare 20,000 draws at temperature 0.5 with the probabilities, by chi-squared."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
+    draws = 20_000
+    sampling = hf_sampler.SeededSampling(range(draws), temperature=0.5, end_ids=[1, 4])
+    tokens = sampling(torch.zeros(draws, 1), logits.expand(draws, 5)).argmax(-1)
     expected = (logits / 0.5).softmax(-1)
-    counts = scores.argmax(-1).bincount(minlength=5)
-    assert ((counts - draws * expected) ** 2 / (draws * expected)).sum() < 18.5  # 99.9 % quantile, 4 degrees of freedom
-    recorded = torch.tensor(sampling.logprobs)[:, 0]
-    torch.testing.assert_close(recorded, expected.log()[scores.argmax(-1)])
-    ended = torch.isin(scores.argmax(-1), torch.tensor([1, 4])).tolist()
-    assert sampling.finished == ended
-    sampling(torch.zeros(draws, 2), logits.expand(draws, 5))  # nothing is recorded after the end
-    assert [len(logprobs) for logprobs in sampling.logprobs] == [2 - end for end in ended]
+    errors = tokens.bincount(minlength=5) - draws * expected
+    assert (errors**2 / (draws * expected)).sum() < 18.5  # 99.9 % quantile, 4 degrees of freedom
+    torch.testing.assert_close(torch.tensor(sampling.logprobs)[:, 0], expected.log()[tokens])
 
 
+STEP = {"num_steps": 1, "rollouts_every": 1, "test_data": "", "prompts_per_step": 12, "mini_batch_prompts": 6}
+STEP |= {"group_size": 3, "max_response_tokens": 6, "temperature": 1.6, "max_tokens_per_gpu": 100}
+STEP |= {"learning_rate": 0.01, "weight_decay": 0.5, "max_grad_norm": 0.05}
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
-def test_resumed_is_uninterrupted(toy, tmp_path, changes):
-    """Two steps, stop, two more: the metrics and the weights, bit for bit, of four steps in one go."""
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert oisd.main(toy_arguments(toy, whole, **changes)) == 0
-    assert oisd.main(toy_arguments(toy, parted, num_steps=2, **changes)) == 0
-    assert oisd.main(["--resume", str(parted), "--num_steps", "4"]) == 0
-    assert len(read_metrics(whole)) == 4 and read_metrics(parted) == read_metrics(whole)
-    weights = [AutoModelForCausalLM.from_pretrained(folder / "final").state_dict() for folder in (whole, parted)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    start = AutoModelForCausalLM.from_pretrained(toy).state_dict()
-    changed = [name for name in start if not torch.equal(start[name], weights[0][name])]
-    linear = [name for name in start if ".layers." in name and start[name].ndim == 2]
-    assert changed == linear if changes else len(changed) == len(start)
-    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+def test_a_step_is_what_it_says(toy, tmp_path):
+    """Recompute rewards and advantages from the written rollouts, then metrics and weights with a fresh model."""
+    arguments = toy_arguments(toy, tmp_path / "run", **STEP)
+    assert oisd.main(arguments) == 0
+    rows = read_lines(tmp_path / "run" / "rollouts" / "step_000001.jsonl")
+    training = read_lines(toy / "train.jsonl")
+    for index, row in enumerate(rows):
+        problem = training[row["row"]]
+        _, box, rest = row["response"].rpartition("\\boxed{")
+        answer, closed, _ = rest.partition("}")
+        assert row["row"] == rows[index // 3 * 3]["row"]  # a group is of one problem
+        assert row["prompt"] == f"<user>{problem['question']}<assistant>"
+        assert row["reward"] == bool(box and closed and answer == problem["answer"]), row
+        assert row["finish_reason"] == ("stop" if row["response"].endswith("<eos>") else "length")
+    groups = torch.tensor([row["reward"] for row in rows]).view(12, 3)
+    advantages = oisd.group_advantages(groups.flatten(), 3).tolist()
+    assert [row["advantage"] for row in rows] == pytest.approx(advantages)
+
+    _, config = oisd.load_config(arguments)
+    model, _ = oisd.load_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    run = run_of(model, dataclasses.replace(config, max_tokens_per_gpu=10**4), optimizer)
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    rollouts = []
+    for row, advantage in zip(rows, advantages):
+        prompt, response = (tokenizer(row[part]).input_ids for part in ("prompt", "response"))
+        rollouts.append(oisd.Rollout(prompt, response, [0.0] * row["tokens"], "stop", advantage=advantage))
+    for rollout, logprobs in zip(rollouts, oisd.token_values(run, rollouts, run.model.response_logprobs)):
+        rollout.old_logprobs = logprobs
+    expected = oisd.update_policy(run, rollouts)
+    expected |= {
+        "step": 1,
+        "reward": groups.mean().item(),
+        "response_length": fmean(row["tokens"] for row in rows),
+        "truncated_fraction": fmean(row["finish_reason"] == "length" for row in rows),
+        "zero_std_fraction": fmean(len(set(group)) == 1 for group in groups.tolist()),
+        "sampler_logprob_gap": 0,
+        "grader_failures": 0,
+    }
+    (metrics,) = read_metrics(tmp_path / "run")
+    assert metrics.pop("moved_weights") > 0.5
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, tensor in load_file(
+        tmp_path / "run" / "final" / "model.safetensors"
+    ).items():  # AdamW moves by about learning_rate, whatever the gradient's size
+        far = (tensor - model.state_dict()[name]).abs() > 0.02 * config.learning_rate
+        assert far.float().mean() < 1e-3, name  # where a gradient is nearly 0, float32 may miss its sign
+    assert 0 < expected["truncated_fraction"] < 0.5 and expected["clip_fraction"] > 0  # else the test says little
 
 
-def test_resuming_an_older_checkpoint_repeats_its_steps(toy, tmp_path):
+TEMPLATE = (
+    "{% for m in messages %}{{ {'system': 0, 'user': 1}[m.role] }}={{ m.content }},{% endfor %}"
+    "{{ 8 if enable_thinking else 9 }}{{ '+' if add_generation_prompt }}"
+)
+OWN = [{"role": "system", "content": "7"}, {"role": "user", "content": "2+1"}]
+
+
+def test_prompts_have_the_system_message_and_thinking_flag(toy, tmp_path):
+    """The configured system message gives way to one of the data."""
+    data = write_lines(tmp_path / "data.jsonl", [{"question": question, "answer": "1"} for question in ("0+1", OWN)])
+    changes = {"chat_template": TEMPLATE, "train_data": data, "system_prompt": "4", "thinking": "true"}
+    _, config = oisd.load_config(toy_arguments(toy, "unused", **changes))
+    tokenizer = problems.load_tokenizer(config.model, config.chat_template)
+    loaded, _ = oisd.load_problems(config.train_data, tokenizer, config)
+    expected = ["0=4,1=0+1,8+", "0=7,1=2+1,8+"]
+    assert [problem.prompt_ids for problem in loaded] == [tokenizer(text).input_ids for text in expected]
+
+
+def test_what_a_run_draws_scores_and_leaves(toy, tmp_path, capsys):
+    """Keep the weights still: every step draws other responses, every evaluation the same, each at its interval."""
     run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run)) == 0
-    before = read_metrics(run)
-    for path in (run / "checkpoints" / "step_000004").iterdir():
-        path.unlink()
-    (run / "checkpoints" / "step_000004").rmdir()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "rew')  # as a crash leaves it
-    assert oisd.main(["--resume", str(run)]) == 0
-    assert read_metrics(run) == before
-
-
-def test_stopped_before_the_first_update_is_not_started(toy, tmp_path, monkeypatch, capsys):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert oisd.main(toy_arguments(toy, whole, num_steps=2)) == 0
-    with monkeypatch.context() as patch:
-        problems = oisd.step_problems  # asked for once a step; scoring held-out problems does not
-        patch.setattr(oisd, "step_problems", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or problems(*a))
-        assert oisd.main(toy_arguments(toy, stopped, num_steps=2)) == 128 + signal.SIGTERM
-    assert "no checkpoint yet" in capsys.readouterr().err and plumbing.checkpoints(stopped) == []
-    assert oisd.main(["--resume", str(stopped)]) == 0
-    assert read_metrics(stopped) == read_metrics(whole)
-
-
-def test_what_a_run_leaves(toy, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=3, eval_samples=8)) == 0
-    shown = capsys.readouterr().out
-    assert "<user>" in shown and "trained model:" in shown  # the first rendered prompt; the last line
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    required = (
-        "step reward policy_loss think_loss attention_loss think_js attention_js grad_norm entropy student_entropy "
-        "response_length truncated_fraction zero_std_fraction sampler_logprob_gap tokens_per_second seconds "
-        "think_js_positive think_js_negative attention_js_positive attention_js_negative"
-    )
-    assert all(set(required.split()) <= set(row) for row in metrics) and [row["step"] for row in metrics] == [1, 2, 3]
-    for row in metrics:
-        assert 0 <= row["reward"] <= 1 and 0 < row["think_js"] < oisd.LN2 and 0 < row["entropy"] < math.log(26)
-        assert row["sampler_logprob_gap"] < 1e-4
-    rollouts = [json.loads(line) for line in (run / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 32 and {r["reward"] for r in rollouts} == {0.0, 1.0}
-    assert sum(r["reward"] for r in rollouts) / 32 == metrics[1]["reward"]
-    assert all(len({r["row"] for r in rollouts[i : i + 8]}) == 1 for i in range(0, 32, 8))  # groups of one problem
-    assert len({r["response"] for r in rollouts[:8]}) > 1 and metrics[1]["zero_std_fraction"] < 1
-    for r in rollouts:  # what was written is what was graded
-        answer = json.loads((toy / "train.jsonl").read_text().splitlines()[r["row"]])["answer"]
-        assert r["reward"] == (f"\\boxed{{{answer}}}" in r["response"]) and (r["advantage"] > 0) <= (r["reward"] == 1)
+    rows = [{"question": "0+1", "answer": "1"}, {"question": "1+1+1", "answer": "3"}]
+    data = write_lines(tmp_path / "train.jsonl", rows)
+    steps = {"num_steps": 5, "rollouts_every": 2, "eval_every": 2, "eval_problems": 3, "eval_samples": 40}
+    small = {"prompts_per_step": 1, "mini_batch_prompts": 1, "learning_rate": 1e-9, "max_prompt_tokens": 5}
+    assert oisd.main(toy_arguments(toy, run, train_data=data, **steps, **small)) == 0
+    assert "1 training problems, 1 too long; 3 held out, 0 too long" in capsys.readouterr().out
+    second, fourth = sorted((run / "rollouts").iterdir())
+    assert [second.name, fourth.name] == ["step_000002.jsonl", "step_000004.jsonl"]
+    second, fourth = ([row["response"] for row in read_lines(path)] for path in (second, fourth))
+    assert second != fourth and len(set(second)) > 1
+    scores = json.loads((run / "held_out.json").read_text())
+    assert list(scores) == ["0", "2", "4", "5"] and all(score == scores["0"] for score in scores.values())
+    assert 0 < scores["0"]["accuracy"] < 1 and (scores["0"]["problems"], scores["0"]["samples"]) == (3, 40)
     assert (run / "curves.png").stat().st_size > 10_000
-    assert oisd.load_config(["--config", f"{run / 'config.toml'}:tiny"])[1].num_steps == 3
-    final = AutoModelForCausalLM.from_pretrained(run / "final")
-    assert final.dtype == torch.float32 and len(AutoTokenizer.from_pretrained(run / "final")) == len(laptop.VOCABULARY)
-    assert oisd.main(toy_arguments(toy, run, num_steps=3)) == 2  # never into a folder that holds a run
-    assert "already holds a run" in capsys.readouterr().err
-    assert oisd.main(["--resume", str(run), "--seed", "1"]) == 2
-    assert "seed = 1, but the run" in capsys.readouterr().err
+    assert oisd.main(toy_arguments(toy, run)) == 2
+    assert "holds a run; continue it by --resume" in capsys.readouterr().err
+
+
+def test_several_end_tokens_and_a_bfloat16_export(toy, tmp_path):
+    """Start from bfloat16 files with a second end token, spread their weights, and export their like."""
+    source, run = tmp_path / "model", tmp_path / "run"
+    model = AutoModelForCausalLM.from_pretrained(toy).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    model.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids("}")]
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    changes = {"num_steps": 1, "rollouts_every": 1, "learning_rate": 1e-9, "test_data": "", "model": source}
+    assert oisd.main(toy_arguments(toy, run, **changes, dtype="bfloat16", spread_weights="true")) == 0
+    rows = read_lines(run / "rollouts" / "step_000001.jsonl")
+    assert all(row["response"].endswith(("}", "<eos>")) == (row["finish_reason"] == "stop") for row in rows)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((run / "final" / name).read_text()) == json.loads((source / name).read_text())
+    stored = load_file(run / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    differing = [(stored[name] != tensor).flatten() for name, tensor in load_file(source / "model.safetensors").items()]
+    assert torch.cat(differing).float().mean() < 1e-3  # spread weights still look like the published ones
+
+
+def test_spread_weights_move_as_much_as_the_float32_ones():
+    """Rounded to bfloat16 nothing changes at first. A step of 0.1 cells then moves a tenth of the weights by one."""
+    weight = torch.randn(50, 50, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    weight[0, :2] = torch.tensor([0.0, 0.1])  # these stay: zero, and what is not in the middle of a cell
+    model = torch.nn.Linear(50, 50, bias=False)
+    model.weight.data = weight.clone()
+    start = run_folder.bfloat16_images(model)
+    run_folder.spread_weights(model, seed=0)
+    assert run_folder.moved_weights(model, start) == 0
+    assert torch.equal(model.weight[0, :2], weight[0, :2])
+    cell = (weight.abs().view(torch.int32) + 2**16).view(torch.float32) - weight.abs()
+    for sign in (1, -1):
+        step = sign * 0.1 * cell * weight.sign()  # away from zero, or toward it
+        cells = ((model.weight + step).bfloat16().float() - weight) * weight.sign() / cell
+        assert cells.sum().item() == pytest.approx(sign * 0.1 * cell.numel(), rel=0.25)
 
 
 def test_a_model_learns(toy, tmp_path):
-    """From a third right to nearly all, where every sum is 2: the sign of the policy's gradient in the program."""
-    problems = [{"question": f"{a}+{2 - a}", "answer": "2"} for a in range(3)] * 8
-    (tmp_path / "twos.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    data = {"train_data": tmp_path / "twos.jsonl", "test_data": tmp_path / "twos.jsonl"}
-    assert oisd.main(toy_arguments(toy, tmp_path / "run", num_steps=12, eval_samples=8, **data)) == 0
+    """From a third to nearly all correct, where every sum is 2."""
+    data = write_lines(tmp_path / "twos.jsonl", [{"question": f"{a}+{2 - a}", "answer": "2"} for a in range(3)] * 8)
+    changes = {"train_data": data, "test_data": data, "num_steps": 12, "eval_samples": 8}
+    assert oisd.main(toy_arguments(toy, tmp_path / "run", **changes)) == 0
     scores = json.loads((tmp_path / "run" / "held_out.json").read_text())
     assert scores["0"]["accuracy"] < 0.5 and scores["12"]["accuracy"] > 0.8, scores
 
 
+def test_only_a_later_signal_quits_at_once(monkeypatch):
+    """A launcher forwards Ctrl-C to processes that already got it, so one within a second changes nothing."""
+    quits = []
+    monkeypatch.setattr(processes.os, "_exit", quits.append)
+    with processes.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not quits
+        signals.since -= 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert quits == [128 + signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(toy, tmp_path, number):
+ROLLOUTS = ({}, signal.SIGTERM, (problems, "step_problems"), "step_000002")
+UPDATES = ({"lora_rank": 4}, signal.SIGINT, (run_folder, "rollout_metrics"), "step_000003")
+
+
+@pytest.mark.parametrize("changes,number,place,saved", [ROLLOUTS, UPDATES], ids=["all weights", "adapters"])
+def test_resumed_is_uninterrupted(toy, tmp_path, monkeypatch, capsys, changes, number, place, saved):
+    """Stop before or after the updates of step 3 and resume: all numbers equal those of one run, bit for bit."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert oisd.main(toy_arguments(toy, whole, eval_every=1, **changes)) == 0
+    call = getattr(*place)
+    calls = itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+        return call(*arguments)
+
+    monkeypatch.setattr(*place, interrupted)
+    assert oisd.main(toy_arguments(toy, parted, checkpoint_every=0, eval_every=1, **changes)) == 128 + number
+    assert f"{saved} is complete; continue with: python oisd.py --resume {parted}" in capsys.readouterr().err
+    assert checkpoints(parted) == [saved]
+    assert oisd.main(["--resume", str(parted)]) == 0
+    assert len(read_metrics(whole)) == 4 and read_metrics(parted) == read_metrics(whole)
+    assert (parted / "held_out.json").read_text() == (whole / "held_out.json").read_text()
+    paths = toy, whole / "final", parted / "final"
+    start, one, other = (load_file(path / "model.safetensors") for path in paths)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    changed = [name for name in start if not torch.equal(start[name], one[name])]
+    linear = [name for name in start if ".layers." in name and start[name].ndim == 2]
+    assert changed == (linear if changes else list(start))
+
+
+def test_resuming_loses_nothing(toy, tmp_path):
+    """Rerun the steps after the newest complete checkpoint. Their earlier output, and cut lines, are moved aside."""
     run = tmp_path / "run"
-    process = start_run(toy_arguments(toy, run, num_steps=10_000, checkpoint_every=0))
-    wait_for(run / "metrics.jsonl", process)
-    process.send_signal(number)
-    shown = process.communicate(timeout=240)[0]
-    assert process.returncode == 128 + number, shown
-    assert "continue by: python oisd.py --resume" in shown and "Traceback" not in shown
-    steps = len(read_metrics(run))
-    assert [path.name for path in plumbing.checkpoints(run)] == [f"step_{steps:06d}"]
-    assert oisd.main(["--resume", str(run), "--num_steps", str(steps + 1)]) == 0
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, steps + 2))
-
-
-def test_half_written_checkpoints_are_passed_over(toy, tmp_path):
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=2)) == 0
-    (run / "checkpoints" / "step_000009.part").mkdir()
-    assert [path.name for path in plumbing.checkpoints(run)] == ["step_000002"]
-
-
-def test_wrong_weights_in_the_sampler_stop_the_run(toy, tmp_path, monkeypatch, capsys):
-    other, _ = oisd.load_model(oisd.load_config(toy_arguments(toy, tmp_path))[1])
-    with torch.no_grad():
-        other.model.norm.weight.mul_(1.5)
-    monkeypatch.setattr(laptop.HfSampler, "sync", lambda self, model: setattr(self, "model", other))
-    assert oisd.main(toy_arguments(toy, tmp_path / "run")) == 1
-    assert "the weights did not arrive" in capsys.readouterr().err
-
-
-
-def lines_of(path):
-    return path.read_text().splitlines()
-
-
-def test_the_last_step_is_saved_whatever_checkpoint_every(toy, tmp_path):
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=3, checkpoint_every=2)) == 0
-    assert [path.name for path in plumbing.checkpoints(run)] == ["step_000002", "step_000003"]
-
-
-def test_two_runs_never_share_a_folder(toy, tmp_path, monkeypatch, capsys):
-    """Fresh names are claimed by making them; a folder that is being trained in is locked, to `--resume` as well."""
-    monkeypatch.chdir(tmp_path)
-    config = oisd.load_config(toy_arguments(toy, ""))[1]
-    (first, lock), (second, other) = (plumbing.open_folder("toy", config) for _ in range(2))
-    assert (str(first), str(second)) == ("runs/toy", "runs/toy-2")
-    (first / "config.toml").write_text(toml_table("toy", config))
-    for words in (toy_arguments(toy, second), ["--resume", str(first)]):
-        assert oisd.main(words) == 2
-        assert "another process is training in" in capsys.readouterr().err
-    lock.close(), other.close()
-
-
-def test_resuming_loses_nothing_that_was_there(toy, tmp_path, capsys):
-    """Steps after the newest checkpoint come again; what they had left, and a line cut off, is moved aside."""
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=3, checkpoint_every=2, rollouts_every=1)) == 0
-    before, step_3 = read_metrics(run), (run / "rollouts" / "step_000003.jsonl").read_text()
-    plumbing.remove_folder(run / "checkpoints" / "step_000003")
+    assert oisd.main(toy_arguments(toy, run, num_steps=3, rollouts_every=1, eval_every=1)) == 0
+    assert checkpoints(run) == ["step_000002", "step_000003"]  # the last step's, whatever checkpoint_every
+    before = read_metrics(run)
+    step_3 = (run / "rollouts" / "step_000003.jsonl").read_text()
+    (run / "checkpoints" / "step_000003").rename(run / "checkpoints" / "step_000003.part")  # half-written
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # as a crash leaves it
     assert oisd.main(["--resume", str(run), "--rollouts_every", "0"]) == 0
-    assert "continuing after step 2" in capsys.readouterr().out and read_metrics(run) == before
-    assert [line[:9] for line in lines_of(run / "abandoned" / "metrics.jsonl")] == ['{"step": ', '{"step": ']
+    assert read_metrics(run) == before
+    assert [line[:10] for line in (run / "abandoned" / "metrics.jsonl").open()] == ['{"step": 3', '{"step": 4']
     assert (run / "abandoned" / "step_000003.jsonl").read_text() == step_3
     assert sorted(path.name for path in (run / "rollouts").iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
-    for path in plumbing.checkpoints(run):
-        plumbing.remove_folder(path)
-    assert oisd.main(["--resume", str(run)]) == 0
-    assert "no checkpoint yet: starting with step 1" in capsys.readouterr().out and read_metrics(run) == before
-    assert len(lines_of(run / "abandoned" / "metrics.jsonl")) == 5
 
 
-def test_a_resumed_run_has_the_data_it_was_started_with(toy, tmp_path, capsys):
-    run, data = tmp_path / "run", tmp_path / "train.jsonl"
-    data.write_text((toy / "train.jsonl").read_text())
+def test_what_would_change_results_is_refused_on_resume(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    data = write_lines(tmp_path / "train.jsonl", read_lines(toy / "train.jsonl"))
     assert oisd.main(toy_arguments(toy, run, num_steps=1, train_data=data)) == 0
-    data.write_text("".join(line + "\n" for line in lines_of(data)[:4]))
-    assert oisd.main(["--resume", str(run), "--num_steps", "2"]) == 2
-    assert "train_data is 4 problems" in (shown := capsys.readouterr().err) and "started with 7 problems" in shown
+    for name, value in (("seed", 7), ("learning_rate", 0.1), ("sampler", "vllm"), ("think_weight", 0.0)):
+        assert oisd.main(["--resume", str(run), f"--{name}={value}"]) == 2
+        assert f"--resume: {name} = {value!r}, but the run in" in capsys.readouterr().err
+    write_lines(data, read_lines(data)[:4])
+    assert oisd.main(["--resume", str(run), "--num_steps", "2"]) == 2  # num_steps itself may change
+    shown = capsys.readouterr().err
+    assert "train_data is 4 problems" in shown and "started with 7 problems" in shown
 
 
-def test_a_run_that_cannot_go_on_saves_what_is_whole(toy, tmp_path, monkeypatch, capsys):
-    """A gap before any update of step 3: step 2 is saved. A bad gradient in the second update of a step: nothing is."""
-    run, score = tmp_path / "run", oisd.set_old_logprobs
-
-    def drifting(run, rollouts):
-        if run.state["step"] == 2:
-            rollouts[0].sampler_logprobs = [-math.nan] * len(rollouts[0].sampler_logprobs)
-        return score(run, rollouts)
-
-    monkeypatch.setattr(oisd, "set_old_logprobs", drifting)
-    assert oisd.main(toy_arguments(toy, run, checkpoint_every=0)) == 1
-    assert "stopped after step 2: log-probs of sampler and trainer differ by nan" in (shown := capsys.readouterr().err)
-    assert "step_000002 is whole; continue by: python oisd.py --resume" in shown
-    monkeypatch.undo()
-    clip, norms = torch.nn.utils.clip_grad_norm_, iter([1.0, 1.0, 1.0, math.inf])  # the second update of step 4
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clip(*a) * next(norms))
-    assert oisd.main(["--resume", str(run)]) == 1
-    assert "stopped after step 3: the gradient norm is inf; step_000002 is whole" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert oisd.main(["--resume", str(run)]) == 0 and len(read_metrics(run)) == 4
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+def test_wrong_weights_in_the_sampler_stop_the_run(toy, tmp_path, monkeypatch, capsys, factor):
+    """Stop before they update anything, so that a checkpoint can be saved. A gap of NaN is too large as well."""
+    other, _ = oisd.load_model(oisd.load_config(toy_arguments(toy, tmp_path))[1])
+    with torch.no_grad():
+        other.model.norm.weight.mul_(factor)
+    served = itertools.chain([None], itertools.repeat(other))
+    monkeypatch.setattr(HfSampler, "sync", lambda self, model: setattr(self, "model", next(served) or self.model))
+    assert oisd.main(toy_arguments(toy, tmp_path / "run", test_data="")) == 1
+    shown = capsys.readouterr().err
+    assert "stopped after step 1: log-probs of sampler and trainer differ" in shown
+    assert "the weights did not reach the sampler" in shown and "step_000001 is complete" in shown
 
 
-FULL_DISK = """
-import resource, sys, oisd
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.exit(oisd.main(sys.argv[2:]))
-"""
+@pytest.mark.parametrize("bad,kept", [(3, ["step_000001"]), (4, [])], ids=["first update", "second update"])
+def test_a_gradient_that_is_nan_stops_the_run(toy, tmp_path, monkeypatch, capsys, bad, kept):
+    """It updates nothing. Weights in the middle of a step are not saved."""
+    calls = itertools.count(1)
+    adamw = torch.optim.AdamW
+
+    def watched(groups, **settings):
+        groups[0]["params"][0].register_hook(lambda gradient: gradient * (torch.nan if next(calls) == bad else 1))
+        return adamw(groups, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    assert oisd.main(toy_arguments(toy, tmp_path / "run", test_data="", checkpoint_every=0)) == 1
+    assert "stopped after step 1: the gradient norm is nan" in capsys.readouterr().err
+    assert len(read_metrics(tmp_path / "run")) == 1 and checkpoints(tmp_path / "run") == kept
 
 
-def test_a_full_disk_costs_the_checkpoint_and_no_more(toy, tmp_path):
-    """No file may exceed 200 kB, so the checkpoint of step 4 fails: one line, no half of it left, step 2 whole."""
+def test_a_full_disk_costs_only_the_checkpoint(toy, tmp_path, monkeypatch, capsys):
+    """No file may exceed 200 kB, so the checkpoint of step 4 fails: no half of it is left, and step 2 is intact."""
     run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=2)) == 0
-    words = [sys.executable, "-c", FULL_DISK, "200000", "--resume", str(run), "--num_steps", "4"]
-    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert shown.returncode == 1 and "Traceback" not in shown.stderr, shown.stderr
-    assert "the checkpoint of step 4 was not written" in shown.stderr and "step_000002 is whole" in shown.stderr
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
-    assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 0
-
-
-def test_a_checkpoint_is_never_half_under_its_name(tmp_path, monkeypatch):
-    """Dying amid a deletion leaves the folder under another name."""
-    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
-    monkeypatch.setattr(plumbing.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        plumbing.remove_folder(tmp_path / "checkpoints" / "step_000002")
-    assert plumbing.checkpoints(tmp_path) == [] and len(list((tmp_path / "checkpoints").iterdir())) == 1
-
-
-def test_a_picture_never_ends_a_run(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
-    plumbing.draw_curves(tmp_path)
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    plumbing.draw_curves(tmp_path / "nowhere")
-    assert "curves.png was not drawn: FileNotFoundError" in capsys.readouterr().out
-
-
-def test_a_signal_while_ranks_gather_is_not_lost(monkeypatch):
-    """The flag is read, gathered, and never written back: what the handler sets meanwhile counts at the next look."""
-    with plumbing.Signals() as signals:
-
-        def gather(mine):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return mine
-
-        with monkeypatch.context() as patch:
-            patch.setattr(plumbing, "gather", gather)
-            signals.check()
-        with pytest.raises(plumbing.Interrupted):
-            signals.check()
-
-
-SLOW = """
-import sys, time, pathlib, oisd
-def wait(problems, step, config):
-    pathlib.Path(config.output_dir, "waiting").touch()
-    time.sleep(600)
-oisd.step_problems = wait
-sys.exit(oisd.main(sys.argv[1:]))
-"""
-
-
-def test_a_second_signal_leaves_at_once(toy, tmp_path):
-    """The first waits for the end of the rollouts, here for ever; one that follows within a second changes nothing."""
-    run = tmp_path / "run"
-    command = [sys.executable, "-c", SLOW, *toy_arguments(toy, run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    wait_for(run / "waiting", process)
-    for pause in (0.2, 1.5):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(pause)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert "once more to leave at once" in process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM and plumbing.checkpoints(run) == []
-
-
-def test_adapters_of_transposed_layers_are_exported_merged(toy, tmp_path):
-    """GPT-2's linear layers are Conv1D, (in, out): the merged weights are those that peft itself merges."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=61))
-    inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), model)
-    merged = dict(oisd.full_weights(model, torch.float32, torch.device("cpu")))
-    ids = torch.arange(20)[None]
-    expected = model.eval()(ids).logits
-    plain = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=61))
-    missing, unexpected = plain.load_state_dict(merged, strict=False)
-    assert unexpected == [] and missing == ["lm_head.weight"]  # tied
-    torch.testing.assert_close(plain.eval()(ids).logits, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_held_out_scores_survive_resumption(toy, tmp_path, monkeypatch):
-    """The last step's score is in its checkpoint, and one that a signal has prevented is made up for."""
-    run = tmp_path / "run"
-    assert oisd.main(toy_arguments(toy, run, num_steps=2, checkpoint_every=2, eval_every=1)) == 0
     with monkeypatch.context() as patch:
-        log = plumbing.log_metrics
-        patch.setattr(plumbing, "log_metrics", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or log(*a))
-        assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 128 + signal.SIGTERM
-    assert list(json.loads((run / "held_out.json").read_text())) == ["0", "1", "2"]
-    assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 0
-    scores = json.loads((run / "held_out.json").read_text())
-    assert list(scores) == ["0", "1", "2", "3", "4"] and scores["0"]["problems"] == 7
+        patch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+        assert oisd.main(toy_arguments(toy, run)) == 2 and not run.exists()  # it was noticed before the first step
+    assert oisd.main(toy_arguments(toy, run, num_steps=2)) == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    shown = capsys.readouterr().err
+    assert "the checkpoint of step 4 was not written" in shown and "step_000002 is complete" in shown
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
 
 
-def test_the_laptops_model_is_not_made_over_another_folder(tmp_path):
-    (tmp_path / "tiny_model").mkdir()
-    (tmp_path / "tiny_model" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="stands in the way"):
-        laptop.make(tmp_path / "tiny_model")
-    assert (tmp_path / "tiny_model" / "thesis.tex").exists()
+def test_two_runs_never_share_a_folder(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (first, lock), (second, other) = (run_folder.open_folder("toy", "", False) for _ in range(2))
+    assert (str(first), str(second)) == ("runs/toy", "runs/toy-2")
+    assert oisd.main(toy_arguments(toy, second)) == 2
+    assert "another process is working in" in capsys.readouterr().err
+    lock.close()
+    other.close()
 
 
-def test_a_full_disk_is_seen_before_the_first_step(toy, tmp_path, monkeypatch, capsys):
-    """51,776 weights: checkpoints of steps 2 and 4, of 12 bytes a weight, and 4 for the export."""
-    free = 51_776 * (2 * 12 + 4)
-    for room, code in ((free - 1, 2), (free, 0)):
-        monkeypatch.setattr(plumbing.shutil, "disk_usage", lambda _, room=room: SimpleNamespace(free=room))
-        assert oisd.main(toy_arguments(toy, tmp_path / "run")) == code
-        error = capsys.readouterr().err
-        assert code == 0 or ("GB free, but 2 checkpoints" in error and "checkpoints_kept" in error), error
-        assert code == 0 or not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("steps,every,kept,count", [(300, 0, 1, 1), (300, 300, 1, 1), (5, 2, 5, 3), (300, 50, 2, 3)])
-def test_the_disk_must_hold_what_will_be_written(steps, every, kept, count, tmp_path, monkeypatch):
-    """A trained weight is 12 bytes of a checkpoint and 4 of the export; what a resumed run has written counts."""
-    model = torch.nn.Linear(100, 100, bias=False)
-    model.frozen = torch.nn.Linear(100, 100, bias=False).requires_grad_(False)
-    config = oisd.Config(num_steps=steps, checkpoint_every=every, checkpoints_kept=kept)
-    needed = 10_000 * (12 * count + 2 * 4)
-    for held in (0, 500):
-        (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        (tmp_path / "checkpoints" / "weights").write_bytes(bytes(held))
-        room = SimpleNamespace(free=needed - held)
-        monkeypatch.setattr(plumbing.shutil, "disk_usage", lambda _, room=room: room)
-        plumbing.check_disk(tmp_path, model, config, torch.float32)
-        room.free -= 1
-        with pytest.raises(UserError, match=f"but {count} checkpoints"):
-            plumbing.check_disk(tmp_path, model, config, torch.float32)
-
-
-def test_rollouts_travel_as_arrays_and_arrive_as_they_were():
-    logprobs = torch.randn(8192).tolist()  # float32, as samplers give them
-    ids, ones = list(range(8192)), torch.ones(8192)
-    rollout = oisd.Rollout([1, 2], ids, logprobs, "stop", row=3, advantage=ones, notes={"a": 1})
-    sent = pickle.dumps(rollout)
-    arrived = pickle.loads(sent)
-    for name, value in vars(rollout).items():
-        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: type(a) is type(b) and a == b
-        assert same(getattr(arrived, name), value), name
-    assert len(sent) < 8192 * (4 + 4 + 4) + 2000  # four bytes for each id, log-prob and advantage
-
-
-def test_rank_0_has_all_threads_while_it_loads(monkeypatch):
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(plumbing, "world", lambda: 2)
-    monkeypatch.setattr(plumbing.os, "sched_getaffinity", lambda _: range(threads + 3), raising=False)
-    with pytest.raises(ZeroDivisionError), plumbing.all_threads():
-        assert torch.get_num_threads() == threads + 3
-        _ = 1 / 0
-    assert torch.get_num_threads() == threads
-
-
-def test_vllm_takes_what_the_fullest_gpu_has_left(monkeypatch, capsys):
+def test_vllm_takes_what_the_fullest_gpu_has_left(monkeypatch):
+    """Of 80 GB, 1 is in use and 1.5 are reserved. Two billion weights take 12 bytes each, or 4 if frozen."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79e9, 80e9))
-    monkeypatch.setattr(plumbing, "gather", lambda mine: [*mine, 0.61])
-    device, model = torch.device("cuda", 0), torch.nn.Linear(1000, 2_000_000, bias=False, device="meta")
-    assert plumbing.vllm_share(device, model) == 0.61
-    monkeypatch.setattr(plumbing, "gather", lambda mine: mine)
-    assert plumbing.vllm_share(device, model) == 0.66  # (79 - 1.5 - 2 x 12) / 80: 12 bytes a trained weight
-    monkeypatch.setattr(plumbing, "world", lambda: 2)
-    assert plumbing.vllm_share(device, model) == 0.81
-    assert plumbing.vllm_share(device, None) == 0.9  # in the host's memory
-    monkeypatch.setattr(plumbing, "world", lambda: 1)
-    assert plumbing.vllm_share(device, model.requires_grad_(False)) == 0.86  # 4 bytes a frozen one
+    device = torch.device("cuda", 0)
+    model = torch.nn.Linear(1000, 2_000_000, bias=False, device="meta")
+    assert processes.vllm_share(device, model) == 0.66  # (79 - 1.5 - 2 x 12) / 80
     with pytest.raises(UserError, match="leave vLLM nothing"):
-        plumbing.vllm_share(device, torch.nn.Linear(1000, 6_500_000, device="meta"))
+        processes.vllm_share(device, torch.nn.Linear(1000, 6_500_000, device="meta"))
+    monkeypatch.setattr(processes, "gather", lambda mine: [*mine, 0.61])  # another rank's
+    assert processes.vllm_share(device, model) == 0.61
 
 
-def test_an_engine_takes_as_many_sequences_as_a_step_draws(monkeypatch):
-    """`max_num_seqs`, of an engine that records its settings and does not start; an evaluation has no steps."""
-    asked = []
+def test_metrics_are_means_over_tokens_and_by_sign():
+    js, advantages = torch.tensor([0.1, 0.2, 0.6, 0.5]), torch.tensor([1.0, -2.0, -0.5, 0.0])
+    found = {name: total / count for name, (total, count) in oisd.by_sign("js", js, advantages).items()}
+    expected = {"js": 0.35, "js_positive": 0.1, "js_negative": 0.4}
+    assert {name: float(mean) for name, mean in found.items()} == pytest.approx(expected)
 
-    def engine(**settings):
-        asked.append(settings["max_num_seqs"])
-        raise RuntimeError("recorded")
 
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine, SamplingParams=None))
-    for processes, prompts, sleeps in ((1, 9, True), (2, 9, True), (4, 1024, True), (2, 9, False)):
-        monkeypatch.setattr(oisd, "world", lambda processes=processes: processes)
-        config = oisd.Config(prompts_per_step=prompts, mini_batch_prompts=prompts, group_size=8)
-        with pytest.raises(UserError, match="recorded"):
-            oisd.VllmSampler(config, [0], torch.device("cpu"), sleeps)
-    assert asked == [72, 40, 1024, 1024]
+def test_only_what_changes_no_result_may_change_on_resume():
+    fields = set(oisd.Config.__dataclass_fields__)
+    free = set(oisd.FREE_ON_RESUME)
+    assert free <= fields
+    changing = "model seed student_layer think_weight attention_weight internal_mean temperature learning_rate dtype"
+    assert not free & set(changing.split()) and {"num_steps", "max_tokens_per_gpu", "checkpoint_every"} <= free

@@ -1,95 +1,159 @@
-"""Bench's tables of parts at small sizes, and a preflight whose stages fail or hang."""
+"""The plan against arithmetic and a measured step, the benchmarks at small sizes, preflight with failing stages."""
 
 import csv
-import math
+import dataclasses
+import functools
+import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
+import oisd
 import pytest
-from conftest import ROOT, wait_for
+from tools import plan, solutions
+from transformers import Qwen3Config
 
-from tools import preflight
-
-
-def bench(*words):
-    process = subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), *words], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+from conftest import ROOT
 
 
-def rows_of(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row[0]: row[1:] for row in csv.reader(file)}
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory):
+    """Return a function from GPUs and changed fields to a plan, for a model of 21 M parameters without weights."""
+    folder = tmp_path_factory.mktemp("shape")
+    sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "head_dim": 64}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    Qwen3Config(**sizes, max_position_embeddings=4096).save_pretrained(folder)
+    planned = functools.cache(lambda gpus=1, **fields: plan.plan(oisd.load_config(planned.words(**fields))[1], gpus))
+    planned.words = functools.partial(plan_words, folder)
+    return planned
 
 
-def test_a_step_in_parts(tmp_path):
-    shown = bench("step", "--shape", "tiny", "--repeats", "1", "--csv", str(tmp_path / "step.csv"))
-    rows = rows_of(tmp_path / "step.csv")
-    assert "FAILED" not in shown and "Self CPU" in shown
-    assert rows["largest log ratio before an update"][-1] == "0"
-    assert float(rows["OISD over GRPO"][-1]) > 0 and float(rows["scoring"][1]) > 0
-    parts = {name: float(row[0].split()[0]) for name, row in rows.items() if name.startswith("of an OISD update")}
-    assert len(parts) == 9 and all(seconds > 0 for seconds in parts.values())
-    lens = "of an OISD update: lens pass"
-    assert parts[f"{lens}, all of it"] > parts[f"{lens}: rows of logits"] + parts[f"{lens}: the head's gradient"]
+def plan_words(folder, **changes):
+    fields = {"model": folder, "max_response_tokens": 256, "max_tokens_per_gpu": 1024} | changes
+    return ["--config", f"{ROOT / 'configs.toml'}:tiny", *(f"--{name}={value}" for name, value in fields.items())]
 
 
-def test_a_lens_pass_in_parts(tmp_path):
-    sizes = ["--tokens", "300", "--hidden", "32", "--vocabulary", "500", "--repeats", "1"]
-    shown = bench("lens", "--parts", *sizes, "--csv", str(tmp_path / "lens.csv"))
-    rows = rows_of(tmp_path / "lens.csv")
-    assert "FAILED" not in shown and {"256", "300"} == {name.split()[0] for name in rows if "rows" in name.split()[1:2]}
-    for name in ("OISD", "GRPO"):
-        assert float(rows[f"lens pass, {name}, chunks of 256: over its floor"][-1]) > 0
-
-
-def test_every_side_computes_the_same_loss():
-    """Ours and plain autograd, loss and gradient read after the time is taken."""
-    sizes = ["--tokens", "64", "--hidden", "32", "--vocabulary", "500", "--repeats", "1", "--only", "ours,dense"]
-    facts = [line.split("|")[-2] for line in bench("lens", *sizes).splitlines() if "loss" in line]
-    ours, dense = ([float(word.split()[1]) for word in fact.split(",")] for fact in facts)
-    assert ours == pytest.approx(dense, rel=1e-4) and math.isfinite(sum(ours))
-
-
-HANGS = """
-import os, pathlib, sys, time
-path = pathlib.Path(sys.argv[4], "pid" + os.environ["RANK"])
-path.with_suffix(".part").write_text(str(os.getpid()))
-path.with_suffix(".part").rename(path)
-time.sleep(1000)
+MEASURE = """
+import sys, torch, torch.distributed as dist, oisd
+from support.processes import peak_bytes
+from torch.distributed.device_mesh import init_device_mesh
+from tools import plan
+config = oisd.load_config(sys.argv[1:])[1]
+cpu = torch.device("cpu")
+before = peak_bytes(cpu)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = oisd.TappedModel(oisd.load_model(config, empty_on="cpu")[0], config).train()
+oisd.shard(model, init_device_mesh("cpu", (1,)), config)
+optimizer = torch.optim.AdamW(model.parameter_groups())
+batch = oisd.pack(plan.longest_batch(config), config)
+for _ in range(2):
+    plan.micro_batch(model, batch)
+    optimizer.step()
+print("measured", peak_bytes(cpu) - before)
 """
 
 
-def test_preflight_outlives_a_stage_that_hangs(tmp_path, monkeypatch):
-    """Nor are its workers left, each in a session of its own; the limit is reached when both hang."""
-    pids = [tmp_path / "pid0", tmp_path / "pid1"]
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator")
+@pytest.mark.parametrize("layers", ["0", "2"])
+def test_planned_memory_is_what_a_step_takes(planned, layers):
+    command = [sys.executable, "-c", MEASURE, *planned.words(recompute_layers=layers)]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    measured = int(shown.split("measured")[1])
+    assert planned(recompute_layers=layers).training == pytest.approx(measured, rel=0.15)
 
-    class UntilBothHang(subprocess.Popen):
-        def wait(self, timeout=None):
-            if timeout == "both":
-                for pid in pids:
-                    wait_for(pid, self)
-                raise subprocess.TimeoutExpired("", 0)
-            return super().wait(timeout)
 
-    (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(preflight, "__file__", str(tmp_path / "hangs.py"))
-    monkeypatch.setattr(preflight.subprocess, "Popen", UntilBothHang)
-    options = SimpleNamespace(folder=str(tmp_path), ranks=2, words=[], limit="both")
-    ((name, passed, said),), _ = preflight.execute("machine", 2, options)
-    assert (name, passed) == ("machine", False) and "ran past --limit" in said
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid.read_text()), 0)
+def test_planned_parts_are_arithmetic(planned):
+    layer = 512 * (8 + 2 * 4 + 8) * 64 + 3 * 512 * 1536 + 2 * 512 + 2 * 64
+    parameters = 4 * layer + 2 * 8000 * 512 + 512
+    # A layer keeps its input, the outputs of norms and attention, query, key, value, and three of the MLP's width.
+    layers = 4 * 1024 * (4 * (5 * 512 + 2 * 4 * 64 + 3 * 1536))
+    for gpus in (1, 4):
+        found = planned(gpus)
+        assert found.parts["parameters"] == pytest.approx(4 * parameters / gpus, rel=0.01)
+        assert found.parts["optimizer"] == pytest.approx(8 * parameters / gpus, rel=0.01)
+        assert found.parts["gradients"] >= 4 * parameters / gpus * 0.7
+        assert layers < found.parts["activations, rest"] < 2.5 * layers
+        assert found.parts["logits chunk"] == 2 * 4 * 8000 * 1024
+    # Four rollouts with prompts of 32. Layers: scoring, forward, 2 x backward. The head: scoring, 6 x training.
+    dense = 2 * (4 * 4 * layer * 1024 + 7 * 8000 * 512 * (3 * 256 + 128))
+    attention = 4.5 * 2 * 4 * 512 * (3 * 288**2 + 160**2)
+    assert found.flops == pytest.approx((dense + attention) / 1024 * found.tokens, rel=0.02)
+    assert planned(4, lora_rank=8).training < found.training - 0.9 * 12 / 4 * 20e6
+
+
+def test_the_plan_says_what_to_change(planned, capsys, monkeypatch):
+    words, found = planned.words(sampler="vllm"), planned(4, sampler="vllm")
+    monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
+    assert plan.main([*words, "--gpus", "2x2"]) == 0
+    assert capsys.readouterr().out.count("card: yes; vllm_memory = 0.90 holds") == 4
+    assert plan.main([*words, "--gpus", "2x"]) == 2 and "name the GPUs" in capsys.readouterr().err
+    config = oisd.load_config(words)[1]  # with vllm_memory = "auto"
+    assert "vllm_memory = 0.52" in plan.verdict(24, dataclasses.replace(found, resident=10e9), config)
+    assert plan.largest_share(24e9, 24e9, 10e9) == 0.52  # (24 - 1.5 - 10) / 24
+    assert plan.largest_share(12e9, 24e9, 4e9) == 0.27  # another process has half of the card
+    config = dataclasses.replace(config, recompute_layers="all", vllm_memory=0.4)
+    for changes, message in (
+        ({"training": 23e9, "parts": found.parts | {"activations, rest": 20e9}}, "a smaller max_tokens_per_gpu"),
+        ({"training": 23e9, "parts": found.parts | {"logits chunk": 20e9}}, "a smaller lens_chunk_tokens"),
+        ({"training": 23e9, "parts": found.parts | {"optimizer": 22e9}}, "more GPUs, lora_rank"),
+        ({"training": 10e9, "kept_layer": 5e9}, "recompute_layers = 2 instead of 4 fits"),
+        ({"resident": 15e9}, "vllm_memory at most 0.31"),
+        ({"vllm_least": 12e9}, "vllm_memory at least 0.50"),
+    ):
+        assert message in plan.verdict(24, dataclasses.replace(found, **changes), config)
+
+
+def test_layers_that_are_not_recomputed_are_planned(planned):
+    every, half, none = (planned(4, recompute_layers=count) for count in ("all", "2", "0"))
+    assert every.training < half.training < none.training and every.flops > half.flops > none.flops
+    assert every.kept_layer == pytest.approx((none.training - every.training) / 4, rel=1e-3) and none.kept_layer == 0
+    assert half.training == pytest.approx((every.training + none.training) / 2, rel=0.05)
+
+
+def bench_rows(path, *words):
+    command = [sys.executable, "tools/bench.py", *words, "--repeats", "1", "--csv", str(path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0 and "FAILED" not in process.stdout, process.stdout + process.stderr
+    return {row[0]: row[1:] for row in csv.reader(path.read_text().splitlines())}
+
+
+def test_every_side_computes_the_same_loss(tmp_path):
+    words = "lens --tokens 64 --hidden 32 --vocabulary 500 --only ours,dense".split()
+    rows = bench_rows(tmp_path / "lens.csv", *words)
+    ours, dense = ([float(part.split()[1]) for part in rows[side][-1].split(",")] for side in ("ours", "dense"))
+    assert len(ours) == 2 and ours == pytest.approx(dense, rel=1e-4)
 
 
 def test_preflight_goes_on_after_a_stage_that_fails(tmp_path):
     """The run to be resumed fails: one FAIL, one row left out, and the report has both."""
-    command = [sys.executable, str(ROOT / "tools" / "preflight.py"), "--only", "resume", "--ranks", "1"]
-    words = ["--report", tmp_path / "report.md", "--folder", tmp_path / "folder", "--train_data", "nowhere.jsonl"]
-    process = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
+    words = f"tools/preflight.py --only resume --ranks 1 --report {tmp_path}/report.md --folder {tmp_path}/folder"
+    command = [sys.executable, *words.split(), "--train_data", "nowhere.jsonl"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     report = (tmp_path / "report.md").read_text()
     assert process.returncode == 1 and report.count("FAIL") == 1, process.stdout + process.stderr
     assert "| resume again | left out |" in report and "1 failed: two steps and an export" in report
+
+
+def test_solutions_are_joined_by_question(tmp_path, capsys):
+    """White space does not count, thoughts are left out, an incomplete solution is passed over."""
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    def solved(question, *texts):
+        return {"question": question} | {f"r1_solution_{i}": text for i, text in enumerate(texts, 1)}
+
+    asked = [{"question": q, "prompt": [q], "reward_model": {"ground_truth": "3"}} for q in ("1+1", "1 +\n 2", "2+2")]
+    given = [solved("1 + 2 ", "<think>endless", "<think>a</think>\n\n three ", ""), solved("1+1", "two", "", None)]
+    given += [solved("9+9", "18", "", ""), solved("2+2", "<think>endless", "", None), solved("1+1", "zwei", "", "")]
+    words = [f"{tmp_path}/joined.jsonl", "--problems", write("problems.jsonl", asked), "--solutions"]
+    assert solutions.main([*words, write("solutions.jsonl", given)]) == 0
+    for other in ([solved("7+7", "14")], [{"question": "1+1", "proof": "two"}]):  # the file stays as it is
+        assert solutions.main([*words, write("other.jsonl", other)]) == 2
+    shown = capsys.readouterr()
+    assert "2 of 3 problems have a solution" in shown.out and shown.err.count("\n") == 2
+    found = [json.loads(line) for line in (tmp_path / "joined.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["solution"]) for row in found] == [(["1+1"], "two"), (["1 +\n 2"], "three")]
+    assert all(row["reward_model"]["ground_truth"] == "3" for row in found)

@@ -1,57 +1,45 @@
-r"""The paper's pictures, of any run or checkpoint.
+"""What the layers of a model would say, as the paper's pictures, and which layer its rule takes as the student.
 
-    python tools/lens.py table PLACE                what each layer would say next, word by word (Fig. 2)
-    python tools/lens.py table PLACE PLACE          student and final layer alone, one model below the other (Fig. 7)
-    python tools/lens.py attention PLACE            where student and final layer look, in prompt and response (Fig. 6a)
-    python tools/lens.py layers PLACE [PLACE ...]   each layer: distance to the last, certainty, score if it answered
-    python tools/lens.py agreement RUN [RUN ...]    agreement of the two in attention, by checkpoint and word (Fig. 6b)
-    python tools/lens.py scores RUN [RUN ...]       held-out score by step (Fig. 8; set `eval_every`)
-    python tools/lens.py norms RUN [RUN ...]        gradient norm of both losses (Fig. 9; set `gradient_norms_every`)
-    python tools/lens.py responses RUN RUN          answers to the same problem side by side (Fig. 10)
+    python tools/lens.py table PLACE                each layer's first choice for the next token (Fig. 2)
+    python tools/lens.py table PLACE PLACE          student and final layer only, one model below the other (Fig. 7)
+    python tools/lens.py layers PLACE [PLACE ...]   every layer: distance to the last one, certainty
+    python tools/lens.py rule MODEL                 the layer rule: the change of the lens entropy around every FFN
 
-Figure 5 is every run's curves.png. Axes, order of layers and outlines are the paper's.
+A place is the folder of a run (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or
+folder. PLACE=NAME names it in the picture; `layers` averages places of the same name. Problems and settings are the
+run's; for a model, those of `--config FILE:TABLE`. Any field of the config may follow. Held-out problems are used where
+there are some. Computed in float32; rollouts come from Transformers.
 
-A place is a run's folder (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or folder;
-PLACE=NAME names it in the picture, and `layers` averages places of one name, with a band of one standard deviation.
-Problems and settings are the run's, of a model those of `--config FILE:TABLE`; any field of the config may follow.
-Held-out problems are used where there are some. Computed in float32; rollouts are Transformers'.
+The rule (the paper, after BuPO). H is the entropy of the lens, averaged over response tokens of own rollouts:
+
+    signal_l = H(after the FFN of layer l) - H(before it)                    student = max { l < L : signal_l > 0 }
+
+The residual stream is the H of Eq. 2. Everything is measured with the final norm, as in Eq. 5, and without it, as in
+BuPO's code. Figure 5 shows layer 6 starting at 11.647 nats, where ln V is 11.931: the two readings tell which it is.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import json
 import math
 import statistics
 import sys
-import textwrap
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.distributed.checkpoint as dcp
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from sweep import t_interval
-
-import laptop
 import oisd
-import plumbing
-from grader import Grader
-from settings import UserError, derive_seed
-
-DPI = 110
-
+from support import laptop, problems, run_folder
+from support.settings import Parser, UserError, derive_seed
 
 # ----------------------------------------------------- Models and their rollouts -------------------------------------
 
@@ -70,10 +58,10 @@ class Opened:
         """A response to each of the first `count` problems, in order; the same draws for every model of one seed."""
         prompts = [problem.prompt_ids for problem in self.problems[:count]]
         seeds = [derive_seed(self.config.seed, "lens", index) for index in range(len(prompts))]
-        sampler = laptop.HfSampler(self.model.model, self.end_ids, self.config, self.model.head.device)
+        sampler = oisd.hf_sampler(self.config, self.model.model, self.end_ids, self.model.head.device)
         return [oisd.Rollout(prompts[s[0]], *s[1:]) for s in sorted(sampler.stream(prompts, seeds))]
 
-    def one(self, place: int, tokens: int) -> tuple[oisd.Problem, oisd.Rollout]:
+    def one(self, place: int, tokens: int) -> tuple[problems.Problem, oisd.Rollout]:
         """A problem and the start of a response to it. Raises: UserError."""
         if place >= len(self.problems):
             raise UserError(f"--problem {place}: {self.name} has {len(self.problems)} problems, counted from 0")
@@ -102,8 +90,8 @@ def settings_of(run: Path | None, place: str, words: list[str]) -> oisd.Config:
     values = written_settings(run)
     known = {field.name for field in dataclasses.fields(oisd.Config)}
     values = {name: value for name, value in values.items() if name in known}  # a baseline has more
-    given, _ = oisd.Parser(oisd.Config, "lens.py", "").given(words)
-    return oisd.Config(**values | given | {"advantage": "grpo"})  # it plays no part here, and baselines have their own
+    given, _ = Parser(oisd.Config, "lens.py", "").given(words)
+    return oisd.Config(**values | given)
 
 
 def open_place(place: str, words: list[str]) -> Opened:
@@ -116,7 +104,7 @@ def open_place(place: str, words: list[str]) -> Opened:
     config = settings_of(run, place, words)
     weights = path
     if run == path:
-        found = plumbing.checkpoints(run)
+        found = run_folder.checkpoints(run)
         weights = run / "final" if (run / "final").exists() or not found else found[-1]
         if not weights.exists():
             raise UserError(f"{place} has neither final/ nor a checkpoint yet")
@@ -127,23 +115,23 @@ def open_place(place: str, words: list[str]) -> Opened:
     config = dataclasses.replace(config, dtype="float32", attention="sdpa", spread_weights=False)
     if config.model == "tiny_model":
         laptop.make()
-    tokenizer, (loaded, _) = oisd.load_tokenizer(config), oisd.load_model(config)
-    end_ids = oisd.end_token_ids(loaded.generation_config, tokenizer)
-    problems, _ = oisd.load_problems(config.test_data or config.train_data, tokenizer, config)
+    tokenizer, (loaded, _) = problems.load_tokenizer(config.model, config.chat_template), oisd.load_model(config)
+    end_ids = problems.end_token_ids(loaded.generation_config, tokenizer)
+    found, _ = oisd.load_problems(config.test_data or config.train_data, tokenizer, config)
     model = oisd.TappedModel(loaded, config)
     if checkpoint:
         options = sharded_state.StateDictOptions(ignore_frozen_params=True)
         state = {"model": sharded_state.get_model_state_dict(model, options=options)}
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)  # into the model's own tensors
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(place, name, config, tokenizer, model, end_ids, problems)
+    return Opened(place, name, config, tokenizer, model, end_ids, found)
 
 
 @torch.no_grad()
 def look(opened: Opened, rollouts: list[oisd.Rollout]):
     """For each micro-batch, it and the hidden states (layers, N, D) of what predicts the responses; all taps filled."""
     model, config = opened.model, opened.config
-    for part in oisd.micro_batches(rollouts, config.max_tokens_per_gpu):
+    for part in oisd.my_micro_batches(rollouts, config.max_tokens_per_gpu):
         batch = oisd.pack([rollouts[i] for i in part], config, model.head.device)
         with model.recording(*model.taps, packed=True):
             model.decode(model.model.get_decoder(), batch)
@@ -183,42 +171,12 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[st
     return [{"layer": layer + 1, **dict(zip(names, means[:, layer].tolist()))} for layer in range(layers)]
 
 
-@contextlib.contextmanager
-def early_exit(model: oisd.TappedModel, layer: int):
-    """Let the model end after this layer, so that its lens answers."""
-    decoder = model.model.get_decoder()
-    norm = getattr(decoder, model.norm_name)
-    if not model.config.lens_norm and layer < len(model.taps):
-        setattr(decoder, model.norm_name, nn.Identity())
-    name = next(name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList))
-    whole = getattr(decoder, name)
-    setattr(decoder, name, whole[:layer])
-    decoder.config.num_hidden_layers = layer
-    try:
-        yield
-    finally:
-        setattr(decoder, name, whole)
-        setattr(decoder, model.norm_name, norm)
-        decoder.config.num_hidden_layers = len(whole)
-
-
-def exit_score(opened: Opened, grader: Grader, layer: int, count: int) -> tuple[float, float]:
-    """Share of right answers if this layer's lens answered, and its standard error over problems."""
-    with early_exit(opened.model, layer):
-        rollouts = opened.sample(count)
-    texts = [opened.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-    rewards = grader.grade(texts, [problem.answer for problem in opened.problems[:count]])
-    error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else 0.0
-    return statistics.fmean(rewards), error
-
-
 # ----------------------------------------------------- Pictures -----------------------------------------------------
 
 
-def save(figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
+    figure.savefig(path, dpi=110)
     print(path)
 
 
@@ -241,7 +199,7 @@ def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, fl
 
 
 def table(places: Iterable[Opened], options) -> None:
-    """Rows: layers, the last on top. Colour: the first token's logit. Outlined: what the last layer ranks first too.
+    """Rows: layers, the last on top. Color: the first token's logit. Outlined: what the last layer ranks first too.
 
     Of several places the student and the final layer alone, all over the tokens of the first one's response.
     """
@@ -262,17 +220,18 @@ def table(places: Iterable[Opened], options) -> None:
     final = [max(row) for row, label in zip(logits, labels) if label.endswith("h_out")]
     least, most = min(0, math.floor(min(map(min, logits)))), math.ceil(max(final))  # tied embeddings may lie far above
     height = 0.3 * len(rows) * (1 + 0.4 * (len(places) > 1))
-    figure, axis = plt.subplots(figsize=(max(5.0, 0.6 * len(said) + 1.2), height + 1.6), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 0.6 * len(said) + 1.2), height + 1.6), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(logits, cmap="Blues", vmin=least, vmax=most, aspect="auto")
     for y, (row, last) in enumerate(rows):
         for x, (index, logit) in enumerate(row):
             word = first.token(index)
             short = word if len(word) < 9 else word[:7] + "…"
-            colour = "white" if logit - least > 0.6 * (most - least) else "black"
-            axis.text(x, y, short, ha="center", va="center", fontsize=7, color=colour, parse_math=False)
+            color = "white" if logit - least > 0.6 * (most - least) else "black"
+            axis.text(x, y, short, ha="center", va="center", fontsize=7, color=color, parse_math=False)
             agrees = last is not None and index == last[x][0]
             edge = {"linewidth": 1.8, "zorder": 3} if agrees else {"linewidth": 0.5}
-            axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", **edge))
+            axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", **edge))
     axis.set_yticks(range(len(rows)), labels, fontsize=8, parse_math=False)
     axis.set_xticks(range(len(said)), said, fontsize=8, rotation=40, ha="left", parse_math=False)
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
@@ -293,74 +252,13 @@ def shown_layers(count: int, student: int, most: int) -> list[int]:
     return sorted({*range(0, count, -(-count // most)), student, count})
 
 
-@torch.no_grad()
-def attention(places: Iterable[Opened], options) -> None:
-    """What the last quarter of a response looks at: words of prompt and response, mean over heads, student and final.
-
-    Each layer's weights are by word, relative to its largest; the first word, which takes what looks at nothing, apart.
-    """
-    (opened,) = places
-    model = opened.model
-    _, rollout = opened.one(options.problem, options.tokens)
-    words, owners = split_words([opened.token(index) for index in rollout.prompt_ids + rollout.response_ids])
-    figure, axes = plt.subplots(2, figsize=(9, 1.0 + 0.6 * (len("".join(words)) // WIDTH + 1)), layout="constrained")
-    for batch, _ in look(opened, [rollout]):
-        queries = (batch.predicted - 1)[3 * len(batch.predicted) // 4 :]
-        keys = torch.arange(batch.lengths[0], device=queries.device).expand(len(queries), -1)  # (n, T)
-        for axis, layer in zip(axes, (opened.config.student_layer, len(model.taps))):
-            scores = oisd.attention_scores(model.taps[layer - 1], queries, keys, keys <= queries[:, None])
-            seen = scores.softmax(-1).mean((0, 1)).float().cpu()  # (T,)
-            by_word = torch.zeros(len(words)).index_add_(0, torch.tensor(owners), seen)
-            name = "final layer" if layer == len(model.taps) else f"layer {layer}"
-            axis.set_title(f"{opened.name}, {name}; first word: {100 * by_word[0]:.0f} %", fontsize=9, loc="left")
-            highlight(axis, words, [0.0, *(by_word[1:] / by_word[1:].max()).tolist()])
-    save(figure, options.output)
-
-
-WIDTH = 90  # characters of a line of highlighted text
-
-
-def highlight(axis, words: list[str], weights: list[float]) -> None:
-    """Words as running text, each on a ground that is the darker, the larger its weight, from 0 to 1."""
-    row, column = 0, 0
-    for word, weight in zip(words, weights):
-        if column + len(word) > WIDTH:
-            row, column = row + 1, 0
-        ground = plt.get_cmap("Purples")(0.9 * weight)
-        axis.add_patch(plt.Rectangle((column, row - 0.45), len(word), 0.9, facecolor=ground, linewidth=0))
-        style = {"family": "monospace", "fontsize": 7.5, "color": "white" if weight > 0.6 else "black"}
-        text = word.replace("·", " ")
-        axis.text(column + len(word) / 2, row, text, ha="center", va="center", parse_math=False, **style)
-        column += len(word)
-    axis.set(xlim=(0, WIDTH), ylim=(row + 0.6, -0.6))
-    axis.axis("off")
-
-
-def split_words(tokens: list[str]) -> tuple[list[str], list[int]]:
-    """Join tokens to words; any sign but letters and digits starts and ends one. -> words, the word of each token."""
-    words, owners = [], []
-    for token in tokens:
-        if not words or not (token[0].isalnum() and words[-1][-1].isalnum()):
-            words.append("")
-        words[-1] += token
-        owners.append(len(words) - 1)
-    return words, owners
-
-
 def layers(places: Iterable[Opened], options) -> None:
-    """`measure_layers` of each place on rollouts of its own, and the score of an early exit: a CSV file, a picture.
-
-    If the last two names have as many places each: also the last less the other, paired in order, with 95 % intervals.
-    """
+    """Measure all layers of each place on its own rollouts: a CSV file and a picture."""
     rows = []
-    with Grader(workers=2) as grader:
-        for opened in places:
-            found = measure_layers(opened, opened.sample(options.problems))
-            for row in found:
-                score, error = exit_score(opened, grader, row["layer"], options.problems)
-                names = {"name": opened.name, "place": opened.place}
-                rows.append({**names, **row, "exit_score": score, "exit_error": error})
-            print(f"{opened.name}: {len(found)} layers", flush=True)
+    for opened in places:
+        names = {"name": opened.name, "place": opened.place}
+        rows += [names | row for row in measure_layers(opened, opened.sample(options.problems))]
+        print(f"{opened.name}: {len(opened.model.taps)} layers", flush=True)
     path = options.output.with_suffix(".csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -372,9 +270,9 @@ def layers(places: Iterable[Opened], options) -> None:
         "attention_js": "attention JS to the last layer (nats)",
         "entropy": "entropy of the lens (nats)",
         "agreement": "share of tokens ranked first as by the last layer",
-        "exit_score": "share right if the layer answered",
     }
-    figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(titles), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(titles))
     for axis, (name, title) in zip(axes, titles.items()):
         columns: dict[str, dict[int, list[float]]] = {}
         for row in rows:
@@ -388,153 +286,140 @@ def layers(places: Iterable[Opened], options) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
-        *_, (one, base), (two, other) = (("", {}), *columns.items())
-        for layer in base.keys() & other.keys():
-            gains = [mine - its for its, mine in zip(base[layer], other[layer])]
-            if len(gains) > 1 and len(base[layer]) == len(other[layer]):
-                gain = f"{statistics.fmean(gains):+.4f} ± {t_interval(gains):.4f}"
-                print(f"{name}, layer {layer}: {two} less {one} {gain}")
     axes[0].legend(fontsize=7)
     save(figure, options.output)
 
 
-def agreement(runs: list[str], options, words: list[str]) -> None:
-    """1 - JS / log 2 of both layers' attention: by checkpoint, at each word of a response of the run's first one.
+# ----------------------------------------------------- The layer rule -------------------------------------------------
 
-    Prints its mean over the sampled steps of `--problems` responses, likewise the same for all checkpoints of a run.
-    """
-    size = {"figsize": (9, 0.5 + 2.3 * len(runs)), "layout": "constrained"}
-    figure, axes = plt.subplots(len(runs), squeeze=False, **size)
-    images = []
-    for run, axis in zip(runs, axes[:, 0]):
-        stored = plumbing.checkpoints(Path(run))
-        if not stored:
-            raise UserError(f"{run} has no checkpoint; see checkpoint_every and checkpoints_kept")
-        rollouts, cells = None, []
-        for place in stored:
-            opened = open_place(str(place), words)
-            if not rollouts:
-                rollouts, (_, shown) = opened.sample(options.problems), opened.one(options.problem, options.tokens)
-                said, owners = split_words([opened.token(index) for index in shown.response_ids])
-            student = measure_layers(opened, rollouts)[opened.config.student_layer - 1]
-            print(f"{place}: {1 - student['attention_js'] / math.log(2):.4f}", flush=True)
-            cells.append(agreement_by_word(opened, shown, torch.tensor(owners)))
-        images.append(axis.imshow(cells, cmap="Purples", aspect="auto"))
-        axis.set_yticks(range(len(stored)), [str(int(place.name[5:])) for place in stored])
-        axis.set_xticks(range(len(said)), said, rotation=45, ha="right", fontsize=8, parse_math=False)
-        axis.set_ylabel("Training step")
-        axis.set_title(run, fontsize=9, loc="left")
-    low, high = min(image.norm.vmin for image in images), max(image.norm.vmax for image in images)
-    for image in images:
-        image.set_clim(low, high)
-    figure.colorbar(images[0], ax=axes[:, 0], label="Similarity")
-    save(figure, options.output)
+FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # what decoder layers call it
 
 
 @torch.no_grad()
-def agreement_by_word(opened: Opened, rollout: oisd.Rollout, owners: Tensor) -> list[float]:
-    """1 - JS / log 2 of student's and final layer's attention where each word is predicted, mean over its tokens."""
-    config, model = dataclasses.replace(opened.config, attention_steps=len(owners)), opened.model
-    for batch, _ in look(dataclasses.replace(opened, config=config), [rollout]):
-        js = oisd.attention_js(model.student_tap, model.taps[-1], batch, config).float().cpu()
-    sums = torch.zeros(int(owners[-1]) + 1).index_add_(0, owners, 1 - js / math.log(2))
-    return (sums / owners.bincount()).tolist()
+def ffn_entropies(model: oisd.TappedModel, batch: oisd.PackedBatch) -> Tensor:
+    """Lens entropies of the response tokens: with norm and without, before and after the FFN, by layer: (2, 2, L, N).
+
+    At the policy's temperature. Read while the layer runs, chunk by chunk: neither hidden states of all layers nor
+    logits of all tokens are kept.
+    Raises: UserError for a layer without an FFN between two points of its residual stream.
+    """
+    entropies: list[list[Tensor]] = [[], []]
+
+    def see(place: int, stream: Tensor) -> None:
+        hidden = stream[0, batch.predicted - 1]
+        streams = [model.lens_hidden(hidden, norm) for norm in (True, False)]
+        read = [oisd.read_tokens(x, model.head, batch.target_ids, model.config)[1] for x in streams]
+        entropies[place].append(torch.stack(read))
+
+    handles = [handle for layer in model.layers for handle in watch(layer, see)]
+    try:
+        model.hidden_states(batch)
+    finally:
+        model.clear_taps()
+        for handle in handles:
+            handle.remove()
+    return torch.stack([torch.stack(place, dim=1) for place in entropies], dim=1)
 
 
-def scores(runs: list[str], options) -> None:
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for run in runs:
-        found = json.loads((Path(run) / "held_out.json").read_text(encoding="utf-8"))
-        values, errors = zip(*((100 * s["accuracy"], 100 * s["standard_error"]) for s in found.values()))
-        axis.errorbar([int(step) for step in found], values, errors, marker="o", capsize=3, label=run)
-    axis.set(title="held-out problems right, standard error over problems", xlabel="step", ylabel="%")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    save(figure, options.output)
+def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
+    """Show `see` the residual stream of a decoder layer before its FFN (0) and behind it (1). -> handles of the hooks.
+
+    The stream before the FFN is what went into the norm whose output the FFN takes, or what the FFN takes itself.
+    """
+    ffn = next((child for name, child in layer.named_children() if name in FFN), None)
+    name = type(layer).__name__
+    if ffn is None:
+        raise UserError(f"{name} has no child called one of {', '.join(FFN)}")
+    start: list[Tensor] = []
+    normed: list[tuple[Tensor, Tensor]] = []
+
+    def first(arguments: tuple, named: dict) -> Tensor:
+        return arguments[0] if arguments else named["hidden_states"]
+
+    def at_start(_, arguments, named):
+        start[:], normed[:] = [first(arguments, named)], []
+
+    def behind_norm(_, arguments, named, output):
+        normed.append((first(arguments, named), output))
+
+    def at_ffn(_, arguments, named):
+        taken = first(arguments, named)
+        stream = next((before for before, after in normed if after is taken), taken)
+        if stream is start[0]:
+            raise UserError(f"{name} runs attention and FFN side by side, so the layer rule does not apply")
+        see(0, stream)
+
+    def at_end(_, arguments, output):
+        see(1, output if isinstance(output, Tensor) else output[0])
+
+    norms = [child for child in layer.children() if "norm" in type(child).__name__.lower()]
+    return [
+        layer.register_forward_pre_hook(at_start, with_kwargs=True),
+        *(norm.register_forward_hook(behind_norm, with_kwargs=True) for norm in norms),
+        ffn.register_forward_pre_hook(at_ffn, with_kwargs=True),
+        layer.register_forward_hook(at_end),
+    ]
 
 
-def norms(runs: list[str], options) -> None:
-    """Of L_think and L_attn themselves: the logged norms are those of the weighted losses."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.6), layout="constrained", squeeze=False)
-    for run, axis in zip(runs, axes[0]):
-        if not (Path(run) / "config.toml").is_file():
-            raise UserError(f"{run} is no run")
-        settings = written_settings(Path(run))
-        rows = plumbing.read_metrics(Path(run))
-        for loss, label, colour in (("think", "think", "tab:blue"), ("attention", "attn", "tab:orange")):
-            weight, name = settings[f"{loss}_weight"], f"grad_norm_{loss}"
-            points = [(row["step"], row[name] / weight) for row in rows if name in row]
-            axis.plot(*zip(*points), linewidth=2, label=label, color=colour) if points else None
-        if not axis.lines:
-            weights = ", ".join(f"{name} = {settings[name]}" for name in ("think_weight", "attention_weight"))
-            raise UserError(f"{run}, {weights}, has no gradient norms of them: train with --gradient_norms_every 1")
-        axis.set(xlabel="Training step", ylabel="Gradient Norm")
-        axis.set_title(run, fontsize=9)
-        axis.grid()
-        axis.legend(loc="lower right")
-    save(figure, options.output)
+def report(means: Tensor, folder: Path) -> list[int]:
+    """Print, save (layers.csv) and apply the rule: -> the student layer with and without the norm.
+
+    `means`: (2, 2, L), as `ffn_entropies` orders them. 0 stands for no layer.
+    """
+    signals = means[:, 1] - means[:, 0]  # (2, L)
+    columns = torch.cat([means, signals[:, None]], dim=1).flatten(0, 1)  # (6, L): before, after, signal, twice
+    rows = [(layer, *values) for layer, values in enumerate(columns.T.tolist(), 1)]
+    names = "entropy_before entropy_after signal".split()
+    with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as file:
+        header = ["layer", *names, *(f"{name}_without_norm" for name in names)]
+        csv.writer(file).writerows([header, *rows])
+    print("lens entropy around the FFN, nats      with the final norm                without it")
+    print("layer" + 2 * "   H before    H after     signal")
+    for layer, *values in rows:
+        print(f"{layer:5}" + "".join("{:11.4f}{:11.4f}{:+11.4f}".format(*values[i : i + 3]) for i in (0, 3)))
+    chosen = []
+    for reading, signal in zip(("with", "without"), signals.tolist()):
+        positive = [layer for layer, value in enumerate(signal[:-1], 1) if value > 0]
+        chosen.append(positive[-1] if positive else 0)
+        if positive:
+            print(f"{reading} the norm: student layer {positive[-1]}, the last below the teacher whose FFN explores")
+        else:
+            print(f"{reading} the norm: no FFN below layer {len(rows)} raises the lens entropy")
+    print(folder / "layers.csv")
+    return chosen
 
 
-def responses(runs: list[str], options) -> None:
-    """Of the newest step that all runs have written, the first `--answers` responses to one problem."""
-    stored = [{path.name: path for path in Path(run).glob("rollouts/step_*.jsonl")} for run in runs]
-    common = sorted(set.intersection(*(set(files) for files in stored)))
-    if not common:
-        raise UserError("the runs have no step in common whose rollouts were written; see rollouts_every")
-    found = []
-    for files in stored:
-        lines = [json.loads(line) for line in files[common[-1]].read_text(encoding="utf-8").splitlines()]
-        asked = sorted({line["row"] for line in lines})
-        if options.problem >= len(asked):
-            raise UserError(f"--problem {options.problem}: that step has {len(asked)} problems, counted from 0")
-        found.append([line for line in lines if line["row"] == asked[options.problem]])
-    if len({group[0]["prompt"] for group in found}) > 1:
-        raise UserError("the runs were asked other problems at that step: their seeds or data differ")
-    columns = []
-    for run, group in zip(runs, found):
-        parts = [f"{run}, step {int(common[-1][5:11])}: {sum(r['reward'] for r in group):.0f} of {len(group)} right"]
-        for row in group[: options.answers]:
-            parts += ["", f"[{row['reward']:.0f}]  {row['response']}"]
-        columns.append([piece for part in parts for piece in textwrap.wrap(part, 70) or [""]])
-    prompt = textwrap.wrap(found[0][0]["prompt"], 140)[-4:]
-    height = 0.19 * (max(map(len, columns)) + len(prompt) + 3)
-    figure = plt.figure(figsize=(6.3 * len(runs), height))
-    figure.text(
-        0.01, 0.98, "\n".join(prompt), va="top", fontsize=8, family="monospace", weight="bold", parse_math=False
-    )
-    for place, lines in enumerate(columns):
-        position = 0.01 + place / len(runs), 0.98 - 0.19 * (len(prompt) + 1) / height
-        figure.text(*position, "\n".join(lines), va="top", fontsize=8, family="monospace", parse_math=False)
-    save(figure, options.output)
+def rule(places: Iterable[Opened], options) -> None:
+    """Apply the layer rule to one model, on rollouts of `--problems` problems."""
+    (opened,) = places
+    rollouts = opened.sample(options.problems)
+    model, tokens = opened.model, sum(len(rollout.response_ids) for rollout in rollouts)
+    print(f"{opened.name}: {len(rollouts)} rollouts, {tokens} response tokens, ln V {math.log(len(model.head)):.3f}")
+    total = torch.zeros(2, 2, len(model.layers), dtype=torch.float64)
+    for part in oisd.my_micro_batches(rollouts, opened.config.max_tokens_per_gpu):
+        batch = oisd.pack([rollouts[index] for index in part], opened.config, model.head.device)
+        total += model(ffn_entropies, model, batch).double().sum(-1).cpu()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    report(total / tokens, options.output.parent)
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {"table": table, "attention": attention, "layers": layers}  # of models
-    logs = {"scores": scores, "norms": norms, "responses": responses}  # of what runs have written
-    parser.add_argument("kind", choices=[*kinds, "agreement", *logs])
+    kinds = {"table": table, "layers": layers, "rule": rule}
+    parser.add_argument("kind", choices=kinds)
     parser.add_argument("places", nargs="+", metavar="PLACE")
-    parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png)")
-    parser.add_argument("--problem", type=int, default=0, help="which problem, from 0 (not for layers, scores, norms)")
-    parser.add_argument("--problems", type=int, default=128, help="how many (layers, agreement; default: 128)")
-    parser.add_argument("--tokens", type=int, default=0, help="of a response (13; agreement 40; attention 200)")
-    parser.add_argument("--layers", type=int, default=0, help="rows, about (table; default: 18, of several places two)")
-    parser.add_argument("--answers", type=int, default=3, help="of each run (responses; default: 3)")
+    parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png); rule: files in its folder")
+    parser.add_argument("--problem", type=int, default=0, help="table: which problem, from 0")
+    parser.add_argument("--problems", type=int, default=128, help="layers, rule: how many (default: 128)")
+    parser.add_argument("--tokens", type=int, default=13, help="table: of the response (default: 13)")
+    parser.add_argument("--layers", type=int, default=0, help="table: rows, about (default: 18; of several places two)")
     options, rest = parser.parse_known_args(words)
-    if options.kind in logs and rest:
-        parser.error(f"{options.kind} reads what the runs have written, and takes no {rest[0]}")
-    if options.kind == "attention" and len(options.places) > 1:
-        parser.error("attention draws one place at a time")
     options.output = options.output or Path(f"lens-{options.kind}.png")
-    options.tokens = options.tokens or {"table": 13, "agreement": 40}.get(options.kind, 200)
     options.layers = options.layers or (18 if len(options.places) == 1 else 0)
+    if options.kind == "rule" and len(options.places) > 1:
+        parser.error("rule takes one model")
     try:
-        if options.kind in kinds:
-            kinds[options.kind]((open_place(place, rest) for place in options.places), options)
-        elif options.kind == "agreement":
-            agreement(options.places, options, rest)
-        else:
-            logs[options.kind](options.places, options)
+        kinds[options.kind]((open_place(place, rest) for place in options.places), options)
     except (UserError, FileNotFoundError) as problem:
         print(f"lens: error: {problem}", file=sys.stderr)
         return 2

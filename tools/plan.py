@@ -1,52 +1,52 @@
-"""Memory and work of a step, before GPUs are rented.
+"""Plan the memory and the work of a training step before renting GPUs.
 
     python tools/plan.py --config configs.toml:qwen3_4b --gpus 4          one machine
     python tools/plan.py --config configs.toml:qwen3_8b --gpus 2x8        machines x GPUs of each; any field may follow
 
-Two micro-batches run through the program's own model, sharding, packing and losses, forward and backward, on PyTorch's
-fake tensors: all shapes, no numbers, no weights, no GPU. PyTorch's counters count the FLOPs of scoring and training the
-first, and what is alive in the second, which finds the gradients of the first. A micro-batch is the largest that the
-config allows: `max_tokens_per_gpu` tokens, nearly all of them responses. A third one, without recomputation, tells what
-a layer takes that keeps its activations. Arithmetic adds AdamW's two float32 moments (the trackers also count the
-global shapes by which DTensor plans an optimizer's step), what vLLM takes beyond weights and cache (VLLM_WORKS, and
-VLLM_SLEEPS while it sleeps), and `plumbing.RESERVE` for the CUDA context, NCCL and fragmentation.
+The program's own model, sharding, packing and losses run on PyTorch's fake tensors, which have shapes but no numbers.
+No weights and no GPU are needed. A micro-batch is the largest that the config allows: `max_tokens_per_gpu` tokens,
+nearly all of them responses. PyTorch counts the FLOPs of the first one and the memory of the second, where the
+gradients of the first already exist. Another one without recomputation shows what a layer takes that keeps its
+activations. Arithmetic adds AdamW's two float32 moments, what vLLM takes beyond weights and cache, and a reserve for
+the CUDA context, NCCL and fragmentation.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import math
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import inputs
 import oisd
-import plumbing
 from oisd import Config, Rollout, TappedModel
-from plumbing import RESERVE
-from settings import UserError, one_line
+from support import models
+from support.processes import RESERVE, check_engines, largest_share
+from support.settings import UserError, one_line
 
 CARDS = (24, 40, 80, 141)  # GB, as cards are named: 10^9 bytes
 VLLM_WORKS = 2e9  # activations of its profiling batch and CUDA graphs: users report 1.5 to 2 GB
 VLLM_SLEEPS = 1.5e9  # what a sleeping engine keeps: 1 to 1.5 GB (vllm#28714)
 GB = 1e9
-PARTS = {  # the trackers' categories
+PARTS = {  # the tracker's categories
     "parameters": ("Sharded Param",),
     "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter"),
     "gathered weights": ("Unsharded Param", "All Gather"),
@@ -55,198 +55,181 @@ PARTS = {  # the trackers' categories
 
 @dataclass
 class Plan:
-    """Bytes per GPU, FLOPs of the whole step."""
+    """Bytes per GPU, and FLOPs of a complete step."""
 
     parts: dict[str, int]  # at the peak; they sum to `training`
     training: int  # peak of a micro-batch and the optimizer's step
     host: int  # in the host's memory, under cpu_offload
     resident: int  # what stays while vLLM works: parameters and optimizer
     vllm_least: int  # vLLM's weights and the cache of one longest sequence
-    vllm_cache: int  # of that, the cache
+    vllm_cache: int  # the cache's part of it
     layers: int  # decoder layers
     kept_layer: int  # what a layer takes that is not recomputed
     flops: float
     tokens: int  # of a step whose responses all have full length
-    seconds: float  # that planning took
 
 
 def planned_attention(module, query, key, value, mask, scaling=None, **_):
-    """FlashAttention's tensors: sdpa itself would choose its T x T form, since fake tensors are on no known device."""
+    """Allocate FlashAttention's tensors. On fake tensors, sdpa itself would choose its T x T form."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2), None
 
 
-AttentionInterface.register("planned", planned_attention)
+# Packed and tapped like any other kernel.
+AttentionInterface.register("attention_shapes", planned_attention)
+AttentionInterface.register("planned", oisd.tapped_attention("attention_shapes"))
+AttentionMaskInterface.register("planned", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def planned_rows(logits: torch.Tensor, targets: torch.Tensor, config: Config, learning: int = 0) -> torch.Tensor:
-    """`lens_rows` as it is compiled: nothing between logits and statistics lies in memory."""
+def planned_rows(logits: Tensor, targets: Tensor, temperature: float, tau: float, learning: int = 0) -> Tensor:
+    """Stand in for the compiled `lens_rows`, which keeps nothing but the logits and the statistics."""
     logits.zero_()
     return torch.zeros(2 * len(logits), len(targets))
 
 
-@contextlib.contextmanager
-def planned_kernels() -> Iterator[None]:
-    """Within, `sdpa` is `planned_attention`, packed and tapped like any kernel, and the lens pass works as on a GPU."""
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"], oisd.lens_rows, oisd.add_product
-    AttentionInterface.register("sdpa", oisd._tapped_attention("planned"))
-    oisd.lens_rows = planned_rows
-    # The work of adding bfloat16 products up in float32, with no more memory; what it writes is nobody's.
-    oisd.add_product = lambda total, a, b: torch.mm(a.T, b, out=total.view(a.dtype)[:, : b.shape[1]])
-    try:
-        yield
-    finally:
-        oisd.lens_rows, oisd.add_product = before[1:]
-        AttentionInterface.register("sdpa", before[0])
+def planned_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Stand in for `add_product` on a GPU: the same work, and no memory for the product itself."""
+    torch.mm(left.T, right, out=total.view(left.dtype)[:, : right.shape[1]])  # nobody reads the result
 
 
 def longest_batch(config: Config) -> list[Rollout]:
-    """Rollouts that fill a micro-batch: whole responses, then what is left."""
+    """Make rollouts that fill a micro-batch: responses of full length, then one that fills the rest."""
     prompt = min(64, config.max_prompt_tokens)
-    whole, left = divmod(config.max_tokens_per_gpu, prompt + config.max_response_tokens)
-    lengths = [config.max_response_tokens] * whole + ([left - prompt] if left > prompt else [])
+    full, left = divmod(config.max_tokens_per_gpu, prompt + config.max_response_tokens)
+    lengths = [config.max_response_tokens] * full + [left - prompt] * (left > prompt)
     return [Rollout([0] * prompt, [0] * n, [0.0] * n, "length", advantage=1.0) for n in lengths]
 
 
-def fake_model(shell: TappedModel, mesh: DeviceMesh, config: Config) -> TappedModel:
-    """Fill a shell with fake tensors, tied ones once, and shard it as a run would."""
+def fill(model: TappedModel) -> None:
+    """Give an empty model fake tensors, tied ones once."""
     made: dict[int, nn.Parameter] = {}
-    for module in shell.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in made:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            module._parameters[name] = None if parameter is None else made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-    oisd.shard(shell, mesh, config)
-    return shell.train()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def micro_batch(model: TappedModel, batch: oisd.PackedBatch) -> None:
+    """Run a micro-batch forward and backward."""
     sums = model(model.losses, batch)
-    (sums.pop("token_loss") + sums.pop("step_loss")).backward()
+    (sums.token_loss + sums.step_loss).backward()
 
 
 def plan(config: Config, gpus: int) -> Plan:
-    """Raises: UserError if the model's config cannot be read."""
-    start = time.monotonic()
+    """Plan a step on `gpus` GPUs. Raises: UserError if the model's config cannot be read."""
     found = trace(config, gpus)
-    kept = 0
     if config.recompute_layers:
         without = trace(dataclasses.replace(config, recompute_layers=0), gpus).training
-        kept = (without - found.training) // recomputed(config, found.layers)
-    return dataclasses.replace(found, kept_layer=max(kept, 0), seconds=time.monotonic() - start)
+        found.kept_layer = max(0, (without - found.training) // recomputed(config, found.layers))
+    return found
 
 
 def recomputed(config: Config, layers: int) -> int:
+    """Count the layers that recompute their activations."""
     return layers if config.recompute_layers == "all" else config.recompute_layers
 
 
 def trace(config: Config, gpus: int) -> Plan:
-    """A plan without `kept_layer` and `seconds`. Raises: UserError, as `plan` does."""
-    config = dataclasses.replace(config, attention="sdpa")  # which `planned_kernels` replaces
-    inputs.read_model_config(config)
+    """Make a plan without `kept_layer`. Raises: UserError, as `plan` does."""
+    config = dataclasses.replace(config, attention="sdpa")  # FlashAttention needs a GPU
+    models.read_model_config(config.model, config.student_layer, config.longest_row, config.prompt_limit)
     real = oisd.pack(longest_batch(config), config)
-    shell = TappedModel(oisd.load_model(config, empty_on="meta")[0], config)
+    model = TappedModel(oisd.load_model(config, empty_on="meta")[0], config).train()
+    model.model.set_attn_implementation("planned")
+    kernels = mock.patch.multiple(oisd, lens_rows=planned_rows, add_product=planned_product)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         mesh = init_device_mesh("cpu", (gpus,))
-        with planned_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            tensors = {name: value for name, value in vars(real).items() if isinstance(value, torch.Tensor)}
-            batch = dataclasses.replace(real, **{name: mode.from_tensor(value) for name, value in tensors.items()})
-            model = fake_model(shell, mesh, config)
-            with FlopCounterMode(display=False) as counter:  # apart: it keeps alive what it counted
+        with kernels, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            tensors = {name: mode.from_tensor(x) for name, x in vars(real).items() if isinstance(x, Tensor)}
+            batch = dataclasses.replace(real, **tensors)
+            fill(model)
+            oisd.shard(model, mesh, config)
+            with FlopCounterMode(display=False) as counter:  # keeps its tensors alive, so memory is measured later
                 micro_batch(model, batch)
                 with torch.no_grad():
                     model(model.response_logprobs, batch)
             with (tracker := FSDPMemTracker(model)):
-                micro_batch(model, batch)  # with the gradients of the one before
+                micro_batch(model, batch)
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        # AdamW is not traced: the tracker would also count the global shapes by which DTensor plans its step.
         optimizer = 8 * sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
-        logits = logits_bytes(config, model)
-    except RuntimeError as problem:  # of a kernel whose form without numbers knows less: experts' products in float32
+    except RuntimeError as problem:  # a kernel that has no fake form, such as experts' products in float32
         raise UserError(f"{config.model} cannot be traced in {config.dtype}: {one_line(problem)}") from None
     finally:
         dist.destroy_process_group()
     host = 0
     if config.cpu_offload:
         moved = sum(int(peak.pop(kind)) for kind in ("Sharded Param", "Sharded Grad"))
-        host, optimizer, peak["Total"] = moved + optimizer, 0, peak["Total"] - moved
+        peak["Total"] -= moved
+        host = moved + optimizer
+        optimizer = 0
     total = peak.pop("Total") + optimizer
     parts = {part: sum(int(peak.get(kind, 0)) for kind in kinds) for part, kinds in PARTS.items()}
-    parts |= {"optimizer": optimizer, "logits chunk": logits}
+    width = 2 if config.dtype == "bfloat16" else 4
+    logits = 2 * min(config.lens_chunk_tokens, config.max_tokens_per_gpu) * len(model.head)  # policy's and student's
+    parts |= {"optimizer": optimizer, "logits chunk": width * logits}
     parts["activations, rest"] = total - sum(parts.values())
-    longest = config.longest
-    tokens = config.prompts_per_step * config.group_size * longest
+    tokens = config.prompts_per_step * config.group_size * config.longest
     flops = step_flops(counter.get_total_flops(), real.lengths, config, model) / sum(real.lengths) * tokens
-    resident, vllm = parts["parameters"] + optimizer, vllm_bytes(longest, config, model)
-    layers = len(model.layers)
-    return Plan(parts, total, host, resident, *vllm, layers, 0, flops, tokens, 0.0)
+    resident = parts["parameters"] + optimizer
+    return Plan(parts, total, host, resident, *vllm_bytes(config, model), len(model.layers), 0, flops, tokens)
 
 
 def attention_shape(model: TappedModel) -> tuple[int, int, int, int]:
-    """Layers, query heads, key heads, head size."""
+    """Return the numbers of layers, query heads and key heads, and the head size."""
     shape = model.model.config
     heads = shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     return shape.num_hidden_layers, heads, shape.num_key_value_heads, head_size
 
 
-def vllm_bytes(longest: int, config: Config, model: TappedModel) -> tuple[int, int]:
-    """Of a GPU, the least that vLLM needs, and of that the keys and values of a sequence of `longest` tokens."""
-    layers, _, key_heads, head_size = attention_shape(model)
-    cache = 2 * 2 * longest * layers * key_heads * head_size
-    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+def vllm_bytes(config: Config, model: TappedModel) -> tuple[int, int]:
+    """Compute the least that vLLM needs of a GPU, and the keys and values of one longest sequence."""
     if config.sampler != "vllm":
         return 0, 0
+    layers, _, key_heads, head_size = attention_shape(model)
+    cache = 2 * 2 * config.longest * layers * key_heads * head_size
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     return int((weights + cache) / config.tensor_parallel + VLLM_WORKS), cache // config.tensor_parallel
 
 
 def step_flops(counted: int, lengths: list[int], config: Config, model: TappedModel) -> float:
-    """Of scoring and training a micro-batch: what the counter saw, and attention, which it did not.
+    """Add attention, which the counter does not see, to the FLOPs of scoring and training a micro-batch.
 
-    A causal pass of attention takes 2 H d T^2 forward, 2.5 times that backward.
+    A causal pass of attention takes 2 H d T^2 forward and 2.5 times that backward.
     """
     layers, heads, _, head_size = attention_shape(model)
     passes = 2 + recomputed(config, layers) / layers + 2.5  # scoring and training; again; backward
     return counted + passes * 2 * layers * heads * head_size * sum(length**2 for length in lengths)
 
 
-def logits_bytes(config: Config, model: TappedModel) -> int:
-    """Of a chunk of the lens pass: policy's and student's, which their derivatives take the place of."""
-    width = 2 if config.dtype == "bfloat16" else 4
-    tokens = min(config.lens_chunk_tokens, config.max_tokens_per_gpu)
-    return width * 2 * tokens * len(model.model.get_output_embeddings().weight)
-
-
-def verdicts(found: Plan, config: Config) -> dict[int, str]:
-    """For each card: does it fit, and if not, which field to turn."""
-    answers = {}
-    for card in CARDS:
-        room = card * GB - RESERVE
-        most = plumbing.largest_share(card * GB, card * GB, found.resident)
-        chosen = most if config.vllm_memory == "auto" else config.vllm_memory
-        share = chosen * card * GB if config.sampler == "vllm" else 0
-        beside = VLLM_SLEEPS if share else 0
-        if found.training + beside > room:
-            answers[card] = f"no, training takes {found.training / GB:.1f} GB: {fix(found, config, room - beside)}"
-        elif found.resident + share > room:
-            turn = f"vllm_memory at most {most:.2f}" if share and most > 0.02 else "more GPUs, or cpu_offload"
-            answers[card] = f"no, weights, optimizer and vLLM's share together exceed it: {turn}"
-        elif share and share < found.vllm_least:
-            least = found.vllm_least / (card * GB)
-            fits = f"vllm_memory at least {least:.2f}" if least <= most else "more GPUs"
-            answers[card] = f"no, vLLM needs {found.vllm_least / GB:.1f} GB: {fits}"
-        else:
-            answers[card] = "yes" + with_cache(found, share, chosen, most, card)
-            answers[card] += with_layers(found, config, room - beside)
-    return answers
+def verdict(card: int, found: Plan, config: Config) -> str:
+    """Say whether the step fits a card of that many GB, and if not, which field to change."""
+    room = card * GB - RESERVE
+    most = largest_share(card * GB, card * GB, found.resident)
+    chosen = most if config.vllm_memory == "auto" else config.vllm_memory
+    share = chosen * card * GB if config.sampler == "vllm" else 0
+    beside = VLLM_SLEEPS if share else 0
+    if found.training + beside > room:
+        return f"no, training takes {found.training / GB:.1f} GB: {fix(found, config, room - beside)}"
+    if found.resident + share > room:
+        change = f"vllm_memory at most {most:.2f}" if share and most > 0.02 else "more GPUs, or cpu_offload"
+        return f"no, weights, optimizer and vLLM's share together exceed it: {change}"
+    if share and share < found.vllm_least:
+        least = found.vllm_least / (card * GB)
+        change = f"vllm_memory at least {least:.2f}" if least <= most else "more GPUs"
+        return f"no, vLLM needs {found.vllm_least / GB:.1f} GB: {change}"
+    cache = with_cache(found, share, chosen, most, card)
+    return "yes" + cache + with_layers(found, config, room - beside)
 
 
 def with_cache(found: Plan, share: float, chosen: float, most: float, card: int) -> str:
-    """How many sequences of full length vLLM holds at once in its share, and in the largest that fits."""
+    """Say how many sequences of full length vLLM holds at once, in its share and in the largest one that fits."""
     if not share:
         return ""
     counts = {s: int((s * card * GB - found.vllm_least) / found.vllm_cache) + 1 for s in (chosen, most)}
@@ -255,14 +238,14 @@ def with_cache(found: Plan, share: float, chosen: float, most: float, card: int)
 
 
 def with_layers(found: Plan, config: Config, room: float) -> str:
-    """How few decoder layers need to be recomputed, if fewer than now."""
+    """Say how few decoder layers need to be recomputed, if fewer than now."""
     now = recomputed(config, found.layers)
     keep = min(now, int((room - found.training) / found.kept_layer)) if found.kept_layer else 0
     return f"; recompute_layers = {now - keep} instead of {now} fits, too" if keep > 0 else ""
 
 
 def fix(found: Plan, config: Config, room: float) -> str:
-    """The field whose part is too large."""
+    """Name the field whose part is too large."""
     if found.parts["parameters"] + found.parts["gradients"] + found.parts["optimizer"] > 0.9 * room:
         return "more GPUs, lora_rank, or cpu_offload"
     if recomputed(config, found.layers) < found.layers:
@@ -273,45 +256,44 @@ def fix(found: Plan, config: Config, room: float) -> str:
 
 
 def parse_gpus(words: str) -> int:
-    """`4` or `2x8` -> processes. Raises: UserError."""
-    machines, cross, gpus = words.partition("x")
-    if not (machines.isdecimal() and (gpus.isdecimal() or not cross) and int(machines) * int(gpus or 1) > 0):
+    """Read `4` or `2x8`: -> the number of processes. Raises: UserError."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", words):
         raise UserError(f"--gpus {words}: name the GPUs, like 4, or machines and GPUs of each, like 2x8")
-    return int(machines) * int(gpus or 1)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`--gpus` and the trainer's own words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", help="how many, like 4, or machines and GPUs of each, like 2x8")
-    options, words = parser.parse_known_args(arguments)
-    try:
-        if not options.gpus:
-            raise UserError("--gpus is missing: how many, like 4, or machines and GPUs of each, like 2x8")
-        print(report(*oisd.load_config(words), options.gpus))
-    except UserError as problem:
-        print(f"plan: error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return math.prod(map(int, words.split("x")))
 
 
 def report(name: str, config: Config, words: str) -> str:
+    """Plan the step: -> the lines to print. Raises: UserError."""
     gpus = parse_gpus(words)
-    plumbing.check_engines(config, gpus)
+    check_engines(config.tensor_parallel, gpus)
+    start = time.monotonic()
     found = plan(config, gpus)
+    rows = found.parts | {"peak of training": found.training}
+    if found.host:
+        rows["on the host"] = found.host
     title = f"{name}: {config.model}, {config.dtype}, GPUs: {words}"
     lines = [f"{title}; GB (10^9 bytes) per GPU, planned, not measured"]
-    lines += [f"  {part:18} {size / GB:7.2f}" for part, size in found.parts.items()]
-    lines.append(f"  {'peak of training':18} {found.training / GB:7.2f}")
-    if found.host:
-        lines.append(f"  {'on the host':18} {found.host / GB:7.2f}")
+    lines += [f"  {part:18} {size / GB:7.2f}" for part, size in rows.items()]
     if found.kept_layer:
         lines.append(f"  {'a layer kept':18} {found.kept_layer / GB:7.2f}  more, for each that is not recomputed")
     if config.sampler == "vllm":
         lines.append(f"  {'vLLM needs':18} {found.vllm_least / GB:7.2f}  asleep while the trainer works")
     lines.append(f"{found.flops:.3g} FLOPs a step, if all {found.tokens:,} tokens of full-length rollouts are drawn")
-    lines += [f"  {card:3} GB card: {answer}" for card, answer in verdicts(found, config).items()]
-    return "\n".join([*lines, f"planned in {found.seconds:.0f} s"])
+    lines += [f"  {card:3} GB card: {verdict(card, found, config)}" for card in CARDS]
+    return "\n".join([*lines, f"planned in {time.monotonic() - start:.0f} s"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read `--gpus` and a config's fields, and print the plan: -> exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", default="", help="how many, like 4, or machines and GPUs of each, like 2x8")
+    options, words = parser.parse_known_args(arguments)
+    try:
+        print(report(*oisd.load_config(words), options.gpus))
+    except UserError as problem:
+        print(f"plan: error: {problem}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

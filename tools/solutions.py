@@ -1,10 +1,8 @@
-"""Reference solutions for the paper's problems, joined by question: the training data of `baselines/opsd.py`.
+"""Join the paper's problems with reference solutions by question: the training data of `baselines/opsd.py`.
 
     python tools/solutions.py deepmath_solutions.jsonl
 
-The paper's 5,000 problems have no solutions; their questions stand in DeepMath-103K, with three solutions each by
-DeepSeek-R1. Of the first that has an end, what follows its `</think>` is taken. Questions are compared without regard
-to white space. Each line: `prompt` (messages), `reward_model.ground_truth`, `solution`.
+DeepMath-103K has three solutions to each problem, by DeepSeek-R1. The first complete one is used, without its thoughts.
 """
 
 import argparse
@@ -13,11 +11,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import inputs
-import plumbing
-from settings import UserError
+from support.problems import column, read_dataset
+from support.run_folder import write_atomically
+from support.settings import UserError
 
-PROBLEMS = "https://github.com/Trae1ounG/BuPO/raw/main/data/deepmath-5k.parquet"
 FIELDS = "r1_solution_1", "r1_solution_2", "r1_solution_3"
 
 
@@ -26,7 +23,7 @@ def normal(question: str) -> str:
 
 
 def solution_of(row: dict) -> str:
-    """What the reader is to see: the first solution that was finished, without its thoughts; empty if there is none."""
+    """Return what follows `</think>` in the first complete solution, or "" if there is none."""
     for text in (row.get(field) or "" for field in FIELDS):
         thoughts, ended, answer = text.rpartition("</think>")
         if answer.strip() and (ended or "<think>" not in thoughts + answer):
@@ -35,38 +32,38 @@ def solution_of(row: dict) -> str:
 
 
 def join(problems: str, solutions: str) -> tuple[list[dict], int]:
-    """-> the problems whose solution was found, in their order, and how many there are in all. Raises: UserError."""
-    rows, known = inputs.read_dataset(problems), {}
-    found, wanted = [], {normal(inputs.column(row, "question", problems)) for row in rows}
-    dataset = inputs.read_dataset(solutions)
-    inputs.column(dataset[0], FIELDS[0], solutions)  # a dataset of another kind is an error, not 0 of 5,000
+    """Find solutions: -> the problems that have one, in their order, and the number of all. Raises: UserError."""
+    rows = read_dataset(problems)
+    wanted = {normal(column(row, "question", problems)) for row in rows}
+    dataset = read_dataset(solutions)
+    column(dataset[0], FIELDS[0], solutions)  # another kind of dataset is an error, not 0 of 5,000
+    known = {}
     for row in dataset:
-        question = normal(inputs.column(row, "question", solutions))
-        if question in wanted and question not in known and (solution := solution_of(row)):
-            known[question] = solution
+        question = normal(column(row, "question", solutions))
+        if question in wanted and not known.get(question):
+            known[question] = solution_of(row)
+    found = []
     for row in rows:
         if solution := known.get(normal(row["question"])):
-            answer = inputs.column(row, "reward_model.ground_truth", problems)
-            entry = {"prompt": inputs.column(row, "prompt", problems), "reward_model": {"ground_truth": answer}}
+            entry = {field: column(row, field, problems) for field in ("prompt", "reward_model")}
             found.append(entry | {"solution": solution})
+    if not found:
+        raise UserError(f"{solutions} solves none of the {len(rows)} problems of {problems}")
     return found, len(rows)
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--problems", default=PROBLEMS)
+    parser.add_argument("--problems", default="https://github.com/Trae1ounG/BuPO/raw/main/data/deepmath-5k.parquet")
     parser.add_argument("--solutions", default="zwhe99/DeepMath-103K")
     options = parser.parse_args(words)
     try:
         found, count = join(options.problems, options.solutions)
-        if not found:
-            raise UserError(f"{options.solutions} solves none of the {count} problems of {options.problems}")
     except UserError as problem:
         print(f"solutions: error: {problem}", file=sys.stderr)
         return 2
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in found)
-    plumbing.write_atomically(options.output, lines)
+    write_atomically(options.output, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in found))
     print(f"{len(found)} of {count} problems have a solution -> {options.output}")
     return 0
 

@@ -1,0 +1,1 @@
+"""Other methods on the same trainer: each file has only what differs from `oisd.py`."""

@@ -1,0 +1,1 @@
+"""The study: its programs, specs, figures and page."""

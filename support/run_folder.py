@@ -1,0 +1,498 @@
+"""The folder of a run: its lock, checkpoints, export, log and curves.
+
+Files and folders that must be complete are written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as sharded_state
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from support.processes import TrainingError, from_rank_0, gather, rank, say, wait_for_all, world
+from support.settings import ROOT, UserError, one_line, toml_table
+
+# torch warns when a single process saves and loads without a process group
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+# ---- The folder --------------------------------------------------------------------------------
+
+
+def open_folder(name: str, output_dir: str, resuming: bool) -> tuple[Path, IO]:
+    """Create and lock the run's folder: -> folder, lock. The lock is held until the process ends.
+
+    Without `output_dir`, take the first of runs/<name>, runs/<name>-2, ... that is neither locked
+    nor used by another run. Raises: UserError.
+    """
+    numbered = (f"runs/{name}-{i}" if i > 1 else f"runs/{name}" for i in itertools.count(1))
+    for folder in map(Path, [output_dir] if output_dir else numbered):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"another process is working in {folder}; name another output_dir"
+        except OSError as error:
+            raise UserError(f"output_dir = {output_dir!r}: {one_line(error)}") from None
+        else:
+            if resuming or not (folder / "config.toml").exists():
+                return folder, lock
+            lock.close()
+            problem = f"output_dir = {output_dir!r} holds a run; continue it by --resume {folder}"
+        if output_dir:
+            raise UserError(problem)
+    raise AssertionError("numbers do not end")
+
+
+def forget_folder(folder: Path) -> None:
+    """Remove the folder of a run that never started."""
+    if not (folder / "config.toml").exists():
+        (folder / "lock").unlink()
+        with contextlib.suppress(OSError):  # it holds files of somebody else
+            folder.rmdir()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write all of a file or nothing, whenever the program dies."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def finish_folder(temporary: Path, final: Path) -> None:
+    """Sync a finished folder to disk, then rename it to its final name."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    remove_folder(final)
+    temporary.rename(final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename, then delete, so that a half-deleted folder is never mistaken for a complete one."""
+    old = folder.with_name(f"{folder.name}.old.part")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        shutil.rmtree(folder.rename(old))
+
+
+def commit() -> str:
+    """Return the checkout's commit, with + if its code has local changes; `unknown` elsewhere."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + "+" * bool(changed)
+
+
+def write_config(folder: Path, name: str, config: Any, version: str) -> None:
+    """Write the resolved settings, from which the run can be resumed or repeated."""
+    header = f"# version {version}, commit {commit()}\n"
+    write_atomically(folder / "config.toml", header + toml_table(name, config))
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints, oldest first."""
+    return sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 6))
+
+
+def resume_hint(folder: Path, program: str, resumable: bool) -> str:
+    """Name the newest checkpoint and the command that continues the run."""
+    newest = checkpoints(folder)[-1:]
+    kept = f"{newest[0].name} is complete" if newest else "no checkpoint yet"
+    if not resumable:
+        return f"{kept}; it cannot be resumed"
+    launcher = "python" if world() == 1 else "accelerate launch"
+    return f"{kept}; continue with: {launcher} {program} --resume {folder}"
+
+
+def check_disk(
+    folder: Path, model: nn.Module, export_dtype: torch.dtype, steps: int, every: int, kept: int
+) -> None:
+    """Check that the disk can hold the run's checkpoints and its export. Raises: UserError.
+
+    `steps`: of the run; `every`: steps between checkpoints, 0 for one at the end; `kept`: how many.
+    """
+    trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+    size = 3 * sum(trained)  # weights and two moments
+    written = math.ceil(steps / (every or steps or 1))
+    count = min(kept + 1, written)  # the oldest is deleted once the newest is complete
+    held = sum(file.stat().st_size for file in folder.glob("checkpoints/**/*") if file.is_file())
+    exported = sum(p.numel() for p in model.parameters()) * export_dtype.itemsize
+    needed = count * size + exported - held
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, but {count} checkpoints of "
+            f"{size / 1e9:.1f} GB and final/ need {needed / 1e9:.1f}: free some, name another "
+            "output_dir, or lower checkpoints_kept"
+        )
+
+
+TRAINED = sharded_state.StateDictOptions(ignore_frozen_params=True)  # with adapters: those only
+
+
+def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return weights and optimizer state; a fresh optimizer gets a state for the loader to fill."""
+    weights, moments = sharded_state.get_state_dict(model, optimizer, options=TRAINED)
+    return {"model": weights, "optimizer": moments}
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    kept: int,
+) -> Path:
+    """Write weights, optimizer and `state`, on all ranks; any number of ranks may load them.
+
+    There is no other state: data order and random draws follow from the seed and `state["step"]`.
+    Raises: TrainingError, for example if the disk is full. The half-written checkpoint is then
+    removed; older ones are intact.
+    """
+    final = folder / "checkpoints" / f"step_{state['step']:06d}"
+    temporary = final.with_name(final.name + ".part")
+    if from_rank_0(final.exists):  # other machines may see an older state of the disk
+        return final
+    if rank() == 0:
+        for leftover in final.parent.glob("*.part"):
+            shutil.rmtree(leftover)
+    wait_for_all()
+    try:
+        tensors = trained_tensors(model, optimizer)
+        dcp.save(tensors, checkpoint_id=temporary, no_dist=world() == 1)
+        if rank() == 0:
+            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            finish_folder(temporary, final)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = getattr(problem, "failures", {})  # by rank, with their tracebacks
+        cause = next(iter(failures.values()))[0] if failures else problem
+        text = f"the checkpoint of step {state['step']} was not written: {one_line(cause)}"
+        raise TrainingError(text) from problem
+    if rank() == 0:
+        for old in checkpoints(folder)[:-kept]:
+            remove_folder(old)
+    wait_for_all()
+    return final
+
+
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    adapters: bool,
+) -> dict[str, Any]:
+    """Load the newest complete checkpoint into model and optimizer: -> its state.
+
+    `state`: of the run as it would start, returned if there is no checkpoint yet. Output of later
+    steps moves to `abandoned/`, since those steps are rerun. `adapters`: most weights are frozen
+    and not in the checkpoint. Raises: UserError if the data have changed since the run started.
+    """
+    found = gather(checkpoints(folder)[-1:] if rank() == 0 else [])
+    if found:
+        saved = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        for name in ("train_data", "test_data"):
+            if saved[name] != state[name]:
+                raise UserError(
+                    f"--resume: {name} is {state[name]}, but the run was started with {saved[name]}"
+                )
+        tensors = trained_tensors(model, optimizer)
+        dcp.load(tensors, checkpoint_id=found[-1], no_dist=world() == 1)
+        parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
+        options = dataclasses.replace(TRAINED, strict=not adapters)
+        sharded_state.set_state_dict(model, optimizer, **parts, options=options)
+        state = saved
+        say(f"continuing after step {state['step']}")
+    else:
+        say(f"{folder} has no checkpoint yet: starting with step 1")
+    if rank() == 0:
+        abandon(folder, state["step"])
+    return state
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Move output of steps after `step`, and lines cut short by a crash, to `abandoned/`."""
+    metrics, attic = folder / "metrics.jsonl", folder / "abandoned"
+    lines = (
+        metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    )
+    kept = [line for line in lines if read_line(line).get("step", step + 1) <= step]
+    rest = [line for line in lines if line not in kept]
+    rollouts = [path for path in folder.glob("rollouts/step_*.jsonl") if int(path.stem[5:]) > step]
+    if rest or rollouts:
+        attic.mkdir(exist_ok=True)
+        with (attic / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(line if line.endswith("\n") else line + "\n" for line in rest)
+        write_atomically(metrics, "".join(kept))
+    for path in rollouts:
+        path.replace(attic / path.name)
+
+
+# ---- Weights -----------------------------------------------------------------------------------
+
+
+def export(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    *parts: Any,
+) -> Path:
+    """Write `final/`, an ordinary Hugging Face folder: -> its path.
+
+    `weights`: names and full tensors, in `dtype`; all ranks iterate, rank 0 keeps a copy in host
+    memory. `parts`: tokenizer and generation config, saved beside them.
+    """
+    temporary, final = folder / "final.part", folder / "final"
+    state = {}
+    for name, tensor in weights:
+        if rank() == 0:
+            state[name] = tensor.to("cpu", copy=True).contiguous()
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=state, max_shard_size="4GB")
+        model_config = copy(model.config)
+        model_config.dtype = dtype  # not the trainer's float32
+        for part in (model_config, *parts):
+            part.save_pretrained(temporary)
+        finish_folder(temporary, final)
+    wait_for_all()
+    return final
+
+
+def spread_weights(model: nn.Module, seed: int) -> None:
+    """Move each matrix weight to a random place within its bfloat16 rounding cell.
+
+    Rounded to bfloat16, nothing changes at first. But published weights lie in the middle of their
+    cells, where an update shows only after half a cell: 69 % of SmolLM2's weights need 244 updates
+    of 1e-6 or more. Spread evenly, the right share of them crosses a border at every update, so the
+    mean of the rounded weights follows the float32 ones. This is dithering, done once rather than
+    at every rounding (stochastic rounding, arXiv 2010.06192).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spread = total = 0
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            bits = parameter.data.view(torch.int32)  # bfloat16 neighbors are 2^16 apart
+            in_middle = (bits & 0xFFFF == 0) & (bits & 0x7FFFFFFF != 0)
+            low, high = 1 - 2**15, 2**15
+            offset = torch.randint(low, high, bits.shape, generator=generator, dtype=torch.int32)
+            bits += offset.to(bits.device) * in_middle
+            spread += int(in_middle.sum())
+            total += in_middle.numel()
+    share = 100 * spread / total
+    say(f"spread_weights: {share:.0f} % of the matrices' weights were on the bfloat16 grid")
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Return this rank's shard of a parameter, sharing its memory, without gradient."""
+    return parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data
+
+
+def bfloat16_images(model: nn.Module, most: int = 2**22) -> Tensor:
+    """Round some of this rank's trained weights to bfloat16, always the same ones."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    stride = -(-sum(parameter.numel() for parameter in trained) // most)
+    return torch.cat([local(parameter).flatten()[::stride].bfloat16() for parameter in trained])
+
+
+def moved_weights(model: nn.Module, start: Tensor) -> float:
+    """Measure the share of the trained weights whose bfloat16 image differs from `start`."""
+    moved = bfloat16_images(model) != start
+    counts = gather([(int(moved.sum()), len(moved))])
+    return sum(count for count, _ in counts) / sum(size for _, size in counts)
+
+
+# ---- Log and curves ----------------------------------------------------------------------------
+
+
+def rollout_metrics(rollouts: Sequence[Any], group_size: int) -> dict[str, float]:
+    """Average rewards and lengths; `zero_std_fraction`: groups whose rewards are all equal."""
+    rewards = [rollout.reward for rollout in rollouts]
+    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
+    mean = statistics.fmean
+    return {
+        "reward": mean(rewards),
+        "response_length": mean(len(rollout.response_ids) for rollout in rollouts),
+        "truncated_fraction": mean(rollout.finish_reason == "length" for rollout in rollouts),
+        "zero_std_fraction": mean(len(set(group)) == 1 for group in groups),
+    }
+
+
+def accuracy(rewards: Sequence[float], copies: int) -> dict[str, float]:
+    """Average rewards, `copies` per problem, with the standard error over problems."""
+    starts = range(0, len(rewards), copies)
+    shares = [statistics.fmean(rewards[start : start + copies]) for start in starts]
+    error = 0.0
+    if len(shares) > 1:
+        error = statistics.stdev(shares) / math.sqrt(len(shares))
+    return {
+        "accuracy": statistics.fmean(shares),
+        "standard_error": error,
+        "problems": len(shares),
+        "samples": copies,
+    }
+
+
+def write_scores(folder: Path, scores: dict[str, Any]) -> None:
+    """Write the held-out accuracy by step."""
+    write_atomically(folder / "held_out.json", json.dumps(scores) + "\n")
+
+
+def every(n: int, step: int) -> bool:
+    """Return whether something that happens every `n` steps happens at this one; 0 disables it."""
+    return n > 0 and step % n == 0
+
+
+class Log:
+    """The log of a run: metrics.jsonl, Accelerate's tracker, progress bar and curves."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, step: int, settings: dict[str, Any]):
+        accelerator.init_trackers(folder.resolve().parent.name, config=settings)
+        self.folder = folder
+        self.accelerator = accelerator
+        self.drawn = 0.0
+        quiet = rank() > 0
+        self.bar = tqdm(
+            total=settings["num_steps"],
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=quiet,
+        )
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Log a step."""
+        if rank() == 0:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        numbers = {name: value for name, value in metrics.items() if value is not None}
+        self.accelerator.log(numbers, step=metrics["step"])
+        self.bar.update()
+        shown = [name for name in ("reward", "think_js") if name in numbers]
+        self.bar.set_postfix({name: f"{numbers[name]:.3f}" for name in shown})
+
+    def draw(self, step: int, last: bool) -> None:
+        """Draw the curves, at most every 15 seconds and after the last step."""
+        if rank() == 0 and step > 0 and (last or time.monotonic() - self.drawn > 15):
+            draw_curves(self.folder)
+            self.drawn = time.monotonic()
+
+
+def write_rollouts(folder: Path, step: int, rollouts: Sequence[Any], tokenizer: Any) -> None:
+    """Write a step's rollouts, one JSON object per line, with special tokens shown."""
+    lines = []
+    for rollout in rollouts:
+        entry = {
+            "row": rollout.row,
+            "prompt": tokenizer.decode(rollout.prompt_ids),
+            "response": tokenizer.decode(rollout.response_ids),
+            "reward": rollout.reward,
+            "advantage": torch.as_tensor(rollout.advantage).tolist(),
+            "finish_reason": rollout.finish_reason,
+            "tokens": len(rollout.response_ids),
+        }
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    (folder / "rollouts").mkdir(exist_ok=True)
+    write_atomically(folder / "rollouts" / f"step_{step:06d}.jsonl", "".join(lines))
+
+
+def read_line(line: str) -> dict:
+    """Parse a line of metrics.jsonl; empty if a crash has cut it short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Read the complete lines of a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(read_line, lines) if row]
+
+
+CURVES = {
+    "reward": "reward",
+    "student_entropy": "entropy of the student layer (nats)",
+    "response_length": "response length (tokens)",
+    "entropy": "entropy of the policy (nats)",
+    "think_js": "think JS to the final layer (nats)",
+    "attention_js": "attention JS to the final layer (nats)",
+}
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw `curves.png` from `metrics.jsonl`. Failures are reported, not raised."""
+    try:
+        draw(read_metrics(folder), folder / "curves.png")
+    except Exception as problem:
+        say(f"curves.png was not drawn: {type(problem).__name__}: {problem}")
+
+
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """Draw every panel of CURVES over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for axis, (metric, title) in zip(axes.flat, CURVES.items()):
+        for name in (metric, f"{metric}_positive", f"{metric}_negative"):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), label=name)
+        axis.set(title=title, xlabel="training step")
+        axis.grid(linestyle="--", alpha=0.5)
+        if len(axis.lines) > 1:
+            axis.legend()
+    axes[0, 0].set_ylim(0, 1.02)
+    temporary = path.with_suffix(".part.png")
+    figure.savefig(temporary, dpi=100)
+    temporary.replace(path)

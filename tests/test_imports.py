@@ -1,0 +1,45 @@
+"""Imports go one way: tools, study, baselines and evaluate.py import oisd.py, which imports support."""
+
+import ast
+
+import pytest
+
+from conftest import ROOT
+
+ALLOWED = {  # what each folder or program may import of this repository; anything else: all
+    "support": {"support"},
+    "oisd.py": {"support"},
+    "evaluate.py": {"oisd", "support"},
+    "baselines": {"baselines", "oisd", "support"},
+    "tools": {"tools", "oisd", "support"},
+    "study": {"study", "tools", "baselines", "oisd", "support"},
+}
+TOP_LEVEL = {"oisd", "evaluate", "test_oisd"}
+OURS = TOP_LEVEL | {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
+FILES = [path.relative_to(ROOT) for pattern in ("*.py", "*/*.py") for path in sorted(ROOT.glob(pattern))]
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def identifiers(tree):
+    fields = ("id", "attr", "arg", "name", "module")
+    return {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_one_way(path):
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    others = OURS - ALLOWED.get(path.parts[0], OURS)
+    assert not {module.split(".")[0] for module in imports(tree)} & {"", *others}
+    forbidden = {"TYPE_CHECKING"} | (TOP_LEVEL if path.parts[0] == "support" else set())
+    assert not forbidden & identifiers(tree)
+
+
+def test_three_files_are_at_the_top_level():
+    assert {path.stem for path in ROOT.glob("*.py")} == TOP_LEVEL

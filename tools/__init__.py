@@ -1,0 +1,1 @@
+"""Programs around training: preflight, plan, benchmarks, pictures, data."""
