@@ -1,4 +1,4 @@
-"""`pytest test_oisd.py`: why the losses can be believed. On a CPU, in half a minute.
+"""`pytest test_oisd.py`: why the losses can be believed. On a CPU, in 15 seconds.
 
 It opens with `objective_by_hand`, the paper's complete loss in plain autograd, which the program
 must match to 1e-12. Then come closed-form gradients, the lens pass, attention, advantages,
