@@ -423,15 +423,16 @@ def sample_rollouts(
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Compute GRPO's (r - mean) / (std + 1e-6) in each group, with the sample standard deviation.
-
-    (B * G,) -> (B * G,). Exactly 0 in a group of equal rewards, whose std may be a rounding error.
-    """
+    """Compute GRPO's (r - mean) / (sample std + 1e-6) in each group: (B * G,) -> (B * G,)."""
     groups = rewards.view(-1, group_size)
-    centered = groups - groups.mean(1, keepdim=True)
-    advantages = centered / (groups.std(1, keepdim=True) + 1e-6)
+    return (centered(groups) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+
+
+def centered(groups: Tensor) -> Tensor:
+    """Subtract each group's mean: (B, G) -> (B, G). Exactly 0 in a group of equal rewards."""
+    # where all agree, r - mean may be a rounding error, and so may the std that it is divided by
     agree = (groups == groups[:, :1]).all(1, keepdim=True)
-    return advantages.masked_fill(agree, 0.0).flatten()
+    return (groups - groups.mean(1, keepdim=True)).masked_fill(agree, 0.0)
 
 
 def set_advantages(run: Run, rollouts: Sequence[Rollout]) -> None:
@@ -1221,7 +1222,7 @@ def train_step(run: Run) -> dict[str, Any]:
         "step": step + 1,
         **run_folder.rollout_metrics(rollouts, config.group_size),
         **update_metrics,
-        "moved_weights": run_folder.moved_weights(run.model, run.start_images),
+        "moved_weights": models.moved_weights(run.model, run.start_images),
         "sampler_logprob_gap": gap,
         "grader_failures": sum(gather([run.grader.failures - failures])),
         "tokens_per_second": sum(rollout.length for rollout in rollouts) / (finished - started),
@@ -1407,7 +1408,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
             "train_data": problems.fingerprint(training),
             "test_data": problems.fingerprint(held_out),
         },
-        start_images=run_folder.bfloat16_images(model),
+        start_images=models.bfloat16_images(model),
     )
 
 
@@ -1425,7 +1426,7 @@ def load_source(
         with processes.all_threads():  # the other ranks wait
             loaded, export_dtype = load_model(on_cpu)
             if config.spread_weights:
-                run_folder.spread_weights(loaded, config.seed)
+                models.spread_weights(loaded, config.seed)
             source = method.model(loaded, config)
             check(source)
         schedule = config.num_steps, config.checkpoint_every, config.checkpoints_kept

@@ -38,9 +38,7 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
     Exactly 0 in a group of equal rewards.
     """
     groups = rewards.view(-1, group_size)
-    agree = (groups == groups[:, :1]).all(1, keepdim=True)
-    centered = (groups - groups.mean(1, keepdim=True)).masked_fill(agree, 0.0)
-    return (centered * (group_size / (group_size - 1))).flatten()
+    return (oisd.centered(groups) * (group_size / (group_size - 1))).flatten()
 
 
 def whiten(values: Tensor, counts: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def load_problems(source: str, tokenizer, config: OpsdConfig) -> tuple[list[Prob
 
 def with_solution(question: problems.Question, solution: str, template: str) -> list[dict]:
     """Put the solution into the last message of the question."""
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    messages = problems.as_messages(question)
     parts = {"{question}": messages[-1]["content"], "{solution}": solution}
     # both at once, because either may contain braces
     content = re.sub("{question}|{solution}", lambda found: parts[found[0]], template)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
-from support import processes, run_folder
+from support import models, processes
 from support.settings import UserError, derive_seed
 
 
@@ -59,17 +59,17 @@ def image(weights: Tensor, grid: str, generator: torch.Generator) -> Tensor:
 def hold_to_grid(run: oisd.Run) -> None:
     """Let the optimizer update float32 weights of its own; the model keeps their images."""
     parameters = list(itertools.chain(*(group["params"] for group in run.optimizer.param_groups)))
-    masters = [run_folder.local(parameter).clone() for parameter in parameters]
+    masters = [models.local(parameter).clone() for parameter in parameters]
     updates = itertools.count()
 
     def bring_back(*_) -> None:
         for parameter, master in zip(parameters, masters):
-            run_folder.local(parameter).copy_(master)
+            models.local(parameter).copy_(master)
 
     def put_images(*_) -> None:
         update = next(updates)
         for index, (parameter, master) in enumerate(zip(parameters, masters)):
-            weights = run_folder.local(parameter)  # asked for anew each time, as FSDP2 may move it
+            weights = models.local(parameter)  # asked for anew each time, as FSDP2 may move it
             master.copy_(weights)
             seed = derive_seed(run.config.seed, "grid", update, index, processes.rank())
             generator = torch.Generator(weights.device).manual_seed(seed)

@@ -74,7 +74,7 @@ def prompt_ids(
     `system_prompt` comes first unless the messages have one; "" removes theirs. `thinking`: passed
     to the template as `enable_thinking`. Raises: UserError if the template refuses the messages.
     """
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    messages = as_messages(question)
     if not messages or not all(map(is_message, messages)):
         raise UserError(
             f"question {question!r} is neither a text nor a list of messages with role and content"
@@ -95,6 +95,11 @@ def prompt_ids(
     if not ids:
         raise UserError("the chat template renders nothing; set chat_template")
     return ids
+
+
+def as_messages(question: Question) -> list[dict]:
+    """Return the messages of a question; a text is one message of the user."""
+    return [{"role": "user", "content": question}] if isinstance(question, str) else question
 
 
 def is_message(message: Any) -> bool:

@@ -27,7 +27,6 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -300,49 +299,6 @@ def export(
         finish_folder(temporary, final)
     wait_for_all()
     return final
-
-
-def spread_weights(model: nn.Module, seed: int) -> None:
-    """Move each matrix weight to a random place within its bfloat16 rounding cell.
-
-    Rounded to bfloat16, nothing changes at first. But published weights lie in the middle of their
-    cells, where an update shows only after half a cell: 69 % of SmolLM2's weights need 244 updates
-    of 1e-6 or more. Spread evenly, the right share of them crosses a border at every update, so the
-    mean of the rounded weights follows the float32 ones. This is dithering, done once rather than
-    at every rounding (stochastic rounding, arXiv 2010.06192).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    spread = total = 0
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            bits = parameter.data.view(torch.int32)  # bfloat16 neighbors are 2^16 apart
-            in_middle = (bits & 0xFFFF == 0) & (bits & 0x7FFFFFFF != 0)
-            low, high = 1 - 2**15, 2**15
-            offset = torch.randint(low, high, bits.shape, generator=generator, dtype=torch.int32)
-            bits += offset.to(bits.device) * in_middle
-            spread += int(in_middle.sum())
-            total += in_middle.numel()
-    share = 100 * spread / total
-    say(f"spread_weights: {share:.0f} % of the matrices' weights were on the bfloat16 grid")
-
-
-def local(parameter: Tensor) -> Tensor:
-    """Return this rank's shard of a parameter, sharing its memory, without gradient."""
-    return parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data
-
-
-def bfloat16_images(model: nn.Module, most: int = 2**22) -> Tensor:
-    """Round some of this rank's trained weights to bfloat16, always the same ones."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stride = -(-sum(parameter.numel() for parameter in trained) // most)
-    return torch.cat([local(parameter).flatten()[::stride].bfloat16() for parameter in trained])
-
-
-def moved_weights(model: nn.Module, start: Tensor) -> float:
-    """Measure the share of the trained weights whose bfloat16 image differs from `start`."""
-    moved = bfloat16_images(model) != start
-    counts = gather([(int(moved.sum()), len(moved))])
-    return sum(count for count, _ in counts) / sum(size for _, size in counts)
 
 
 # ---- Log and curves ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import oisd
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import grader, hf_sampler, problems, processes, run_folder
+from support import grader, hf_sampler, models, problems, processes, run_folder
 from support.hf_sampler import HfSampler
 from support.settings import UserError
 from test_oisd import run_of
@@ -189,9 +189,9 @@ def test_spread_weights_move_as_much_as_the_float32_ones():
     weight[0, :2] = torch.tensor([0.0, 0.1])  # these stay: zero, and what is not in the middle of a cell
     model = torch.nn.Linear(50, 50, bias=False)
     model.weight.data = weight.clone()
-    start = run_folder.bfloat16_images(model)
-    run_folder.spread_weights(model, seed=0)
-    assert run_folder.moved_weights(model, start) == 0
+    start = models.bfloat16_images(model)
+    models.spread_weights(model, seed=0)
+    assert models.moved_weights(model, start) == 0
     assert torch.equal(model.weight[0, :2], weight[0, :2])
     cell = (weight.abs().view(torch.int32) + 2**16).view(torch.float32) - weight.abs()
     for sign in (1, -1):

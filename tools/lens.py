@@ -393,7 +393,9 @@ def rule(places: Iterable[Opened], options) -> None:
     """Apply the layer rule to one model, on rollouts of `--problems` problems."""
     (opened,) = places
     rollouts = opened.sample(options.problems)
-    model, tokens = opened.model, sum(len(rollout.response_ids) for rollout in rollouts)
+    model = opened.model
+    oisd.check(model)
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     print(f"{opened.name}: {len(rollouts)} rollouts, {tokens} response tokens, ln V {math.log(len(model.head)):.3f}")
     total = torch.zeros(2, 2, len(model.layers), dtype=torch.float64)
     for part in oisd.my_micro_batches(rollouts, opened.config.max_tokens_per_gpu):

@@ -33,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
-from support import laptop, problems, processes, run_folder
+from support import laptop, models, problems, processes, run_folder
 from support.check_model import deviation
 from support.settings import ROOT, UserError
 
@@ -54,7 +54,6 @@ QWEN3_06B = {
 }
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- Stages --------------------------------------------------------------------------------------------------------
 # A stage is a generator of rows: check, passed (None if left out), figures. `options.words` are the config's fields.
@@ -179,7 +178,7 @@ def moved_weights(run):
     """Move every weight by 5 % of its tensor's deviation: the sampler must follow."""
     torch.manual_seed(0)
     for parameter in run.model.parameters():
-        shard = run_folder.local(parameter)
+        shard = models.local(parameter)
         if shard.numel():
             shard.add_(0.05 * shard.std(correction=0) * torch.randn_like(shard))
     run.sampler.sync(run.model.model)
