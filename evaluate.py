@@ -2,7 +2,7 @@
 
     python evaluate.py --model Qwen/Qwen3-4B             on the paper's four benchmarks
     accelerate launch evaluate.py --model runs/a/final   each GPU draws a share of the samples
-    python evaluate.py --model M --benchmarks aime24,aime25 --samples 300 --k 1,2,4,...,256
+    python evaluate.py --model M --benchmarks aime24,aime25 --samples 300     Pass@1, 2, 4 ... 256
     python evaluate.py --model M --benchmarks mine=problems.jsonl,amc23=amc2023.parquet
     python evaluate.py --compare runs/a runs/b           paired by problem
     python evaluate.py --grade_only runs/a               grade stored responses again, no model
@@ -32,7 +32,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pydantic
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
@@ -75,7 +74,6 @@ class Config(oisd.Config):
     model: str = ""  # Hugging Face name or folder
     benchmarks: Text = ",".join(BENCHMARKS)  # names; your own data: NAME=SOURCE
     samples: Count = 0  # per problem; 0: the paper's number, 16 for your own data
-    k: str = ""  # of Pass@k, like 1,2,4,...,256; "" for powers of two
     limit: Count = 0  # only the first N problems of each benchmark; 0 for all
     greedy: bool = False  # one sample, always the most probable token
     grade_only: str = ""  # folder whose stored samples are graded again
@@ -108,17 +106,6 @@ def macro(estimates: Sequence[tuple]) -> tuple:
     return fmean(values), math.hypot(*errors) / len(errors)
 
 
-def bootstrap(benchmarks: Sequence[Sequence[float]]) -> tuple:
-    """Average benchmarks: -> mean, and its 95 % percentile-bootstrap interval over problems."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.zeros(10_000, dtype=torch.float64)
-    for values in benchmarks:
-        chosen = torch.randint(len(values), (10_000, len(values)), generator=generator)
-        means += means.new_tensor(values)[chosen].mean(1) / len(benchmarks)
-    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
-    return fmean(map(fmean, benchmarks)), low, high
-
-
 def score(rows: list[dict], K: int, ks: list[int]) -> dict:
     """Compute all figures of a problem from its graded samples, in percent but for `tokens`."""
     right = [row["right"] for row in rows]
@@ -144,23 +131,6 @@ def find_benchmarks(config: Config) -> dict[str, Benchmark]:
             raise UserError(f"--benchmarks: {word!r} is not NAME=SOURCE or, once, one of {known}")
         found[name] = dataclasses.replace(benchmark, source=source)
     return found
-
-
-def parse_ks(words: str, n: int) -> list[int]:
-    """Parse `1,2,4,...,256`, doubling at the dots; "" is powers of two. Raises: UserError."""
-    if not words:
-        return [2**power for power in range(n.bit_length())]
-    ks = [0]
-    parts = words.replace(" ", "").split(",")
-    for part, following in zip(parts, [*parts[1:], ""]):
-        if part == "..." and ks[-1] and following.isdecimal():
-            while ks[-1] * 2 < int(following):
-                ks.append(ks[-1] * 2)
-        elif part.isdecimal() and ks[-1] < int(part) <= n:
-            ks.append(int(part))
-        else:
-            raise UserError(f"--k {words}: {part!r}, but k must ascend, up to {n} samples")
-    return ks[1:]
 
 
 def load_benchmark(benchmark: Benchmark, tokenizer: Tokenizer, config: Config, grader: Grader):
@@ -363,12 +333,9 @@ def compare(folders: list, output: Path) -> None:
         mine, theirs = run["avg_by_problem"], first["avg_by_problem"]
         if any(f"data {name}" in changed or len(mine[name]) != len(theirs[name]) for name in names):
             raise UserError(f"--compare: {folder} has other problems than {base}")
-        gains = [[x - y for x, y in zip(mine[name], theirs[name])] for name in names]
-        intervals = [*(bootstrap([of_benchmark]) for of_benchmark in gains), bootstrap(gains)]
-        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval) for interval in intervals]
-        rows.append([f"{folder} - {base}", *cells])
-    legend = "± standard error over problems; differences by problem, [95 % bootstrap interval]"
-    text = f"{markdown(rows)}\n{legend}.\n"
+        gains = [estimate([x - y for x, y in zip(mine[name], theirs[name])]) for name in names]
+        rows.append([f"{folder} - {base}", *map(cell, gains), cell(macro(gains))])
+    text = f"{markdown(rows)}\n± standard error over problems; differences are paired by problem.\n"
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "compare.md", text)
     draw_curves(runs, names, output / "pass_at_k.png")
@@ -402,13 +369,14 @@ def evaluate(config: Config, grader: Grader) -> None:
         for name, benchmark in find_benchmarks(config).items():
             n = config.samples or benchmark.samples or 16
             K = min(n, benchmark.samples or n)
-            ask[name] = {"samples": n, "K": K, "ks": parse_ks(config.k, n)}
+            ks = [2**power for power in range(n.bit_length())]  # up to n
+            ask[name] = {"samples": n, "K": K, "ks": ks}
             loaded, data[f"data {name}"] = load_benchmark(benchmark, tokenizer, config, grader)
             ask[name]["problems"] = len(loaded)
             wanted |= {(name, p.row, index): p for p in loaded for index in range(n)}
     longest = max(len(problem.prompt_ids) for problem in wanted.values())
     config = dataclasses.replace(config, max_prompt_tokens=longest)
-    models.read_model_config(config.model, 1, config.longest, config.prompt_limit)
+    models.check_model_config(config.model, 1, config.longest, config.prompt_limit)
 
     with open_folder("", str(folder), True)[1] if rank() == 0 else contextlib.nullcontext():
         parts = config, tokenizer, data, ask, wanted

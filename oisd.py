@@ -1346,7 +1346,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
         with accelerator.main_process_first():
             laptop.make()
     limits = config.student_layer, config.longest_row, config.prompt_limit
-    models.read_model_config(config.model, *limits)
+    models.check_model_config(config.model, *limits)
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
     held_out, left_out = [], 0
     with accelerator.main_process_first():  # the others find its cache

@@ -39,9 +39,7 @@ class BupoConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.think_weight or self.attention_weight:
-            weights = f"think_weight = {self.think_weight}"
-            weights += f", attention_weight = {self.attention_weight}"
-            raise UserError(f"{weights}: BuPO trains no internal loss, set both to 0")
+            raise UserError("think_weight, attention_weight: BuPO has neither loss, set both to 0")
         if self.importance_cap:
             raise UserError("importance_cap compares with the sampler's policy: set it to 0")
 

@@ -62,13 +62,10 @@ class OpsdConfig(Config):
     max_teacher_tokens: AtLeastOne = 8192  # longer teacher prompts are dropped and counted
 
     def __post_init__(self) -> None:
-        if not self.think_weight or self.attention_weight:
-            weights = (
-                f"think_weight = {self.think_weight}, attention_weight = {self.attention_weight}"
-            )
-            raise UserError(
-                f"{weights}: OPSD's loss is weighted by think_weight; set attention_weight = 0"
-            )
+        if not self.think_weight:
+            raise UserError("think_weight = 0: it is the weight of OPSD's loss")
+        if self.attention_weight:
+            raise UserError(f"attention_weight = {self.attention_weight}: OPSD has none, set it 0")
         foreign = "importance_cap lens_grad lens_norm internal_mean policy_weight"
         for name in foreign.split():
             value, default = getattr(self, name), getattr(Config, name)
@@ -95,9 +92,7 @@ def load_problems(source: str, tokenizer, config: OpsdConfig) -> tuple[list[Prob
         try:
             solution = problems.column(row, config.solution_field, source)
         except UserError as missing:
-            raise UserError(
-                f"OPSD's teacher reads a reference solution: {missing}; set solution_field"
-            ) from None
+            raise UserError(f"{missing}: OPSD's teacher reads a reference solution") from None
         if not isinstance(solution, str) or not solution.strip():
             raise UserError(f"dataset {source!r}, row {problem.row}: the solution is {solution!r}")
         question = problems.column(row, config.question_field, source)

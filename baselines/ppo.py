@@ -9,9 +9,9 @@ The reward comes with the last token. A state's value is read where the next tok
     L_value = 1/N sum 1/2 max((V - R)^2, (V_old + clip(V - V_old) - R)^2)
 
 The policy is trained with A whitened. The critic is a copy of the policy's decoder with a head of
-one number, zero at first; with `share_trunk` it reads the policy's own hidden states. Its gradients
-are clipped separately. The paper only names PPO. gamma = lambda = 1 and whitening are those of its
-reference; the critic's learning rate and clip are verl's defaults.
+one number, zero at first. Its gradients are clipped separately. The paper only names PPO. gamma =
+lambda = 1 and whitening are those of its reference; the critic's learning rate and clip are verl's
+defaults.
 """
 
 from __future__ import annotations
@@ -48,16 +48,13 @@ class PpoConfig(Config):
     gae_gamma: Unit = 1.0  # discount per token
     gae_lambda: Unit = 1.0  # 1: the return minus the value; 0: one step's surprise
     value_clip: NotNegative = 0.5  # largest useful move of a value per update; 0 disables
-    value_weight: Positive = 1.0  # of L_value beside L_policy; matters with a shared trunk
-    share_trunk: bool = False  # the critic reads the policy's own final hidden states
 
 
 class ActorCritic(TappedModel):
     """The tapped policy and its critic."""
 
     def __init__(self, model: PreTrainedModel, config: PpoConfig):
-        # copied before it is tapped
-        critic = None if config.share_trunk else copy.deepcopy(model.get_decoder())
+        critic = copy.deepcopy(model.get_decoder())  # before it is tapped
         super().__init__(model, config)
         self.critic = critic
         self.value_head = nn.Linear(self.head.shape[1], 1, bias=False, device=self.head.device)
@@ -65,7 +62,7 @@ class ActorCritic(TappedModel):
 
     @property
     def units(self) -> list[nn.Module]:
-        children = self.critic.children() if self.critic else []
+        children = self.critic.children()
         stacks = [module for module in children if isinstance(module, nn.ModuleList)]
         return [*self.layers, *(layer for stack in stacks for layer in stack)]
 
@@ -77,26 +74,15 @@ class ActorCritic(TappedModel):
         rate = self.config.critic_speed * self.config.learning_rate
         return [{"params": groups[False]}, {"params": groups[True], "lr": rate}]
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        self.trunk = super().hidden_states(batch)  # (T, D)
-        return self.trunk
-
     def values(self, batch: PackedBatch) -> Tensor:
         """Compute V of the state in which each response token is drawn: -> (N,)."""
-        if self.critic is None:
-            self.hidden_states(batch)
-            self.clear_taps()
-        return self.read_values(batch)
-
-    def read_values(self, batch: PackedBatch) -> Tensor:
-        hidden = self.trunk if self.critic is None else self.decode(self.critic, batch)
-        self.trunk = None
+        hidden = self.decode(self.critic, batch)  # (T, D)
         return self.value_head(hidden[batch.predicted - 1])[:, 0].float()
 
     def losses(self, batch: PackedBatch) -> LossSums:
         """Compute the policy's losses; `token_loss` includes the critic's."""
         sums = super().losses(batch)
-        values = self.read_values(batch)
+        values = self.values(batch)
 
         def stored(name: str) -> Tensor:
             parts = [rollout.notes[name] for rollout in batch.rollouts] or [torch.zeros(0)]
@@ -105,7 +91,7 @@ class ActorCritic(TappedModel):
         clip = self.config.value_clip
         loss = value_loss_sum(values, stored("values"), stored("returns"), clip)
         return sums._replace(
-            token_loss=sums.token_loss + self.config.value_weight * loss,
+            token_loss=sums.token_loss + loss,
             token_parts=sums.token_parts | {"value_loss": loss.detach()},
             metrics=sums.metrics | {"value": oisd.sum_and_count(values.detach())},
         )

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.processes import gather, say
@@ -18,22 +18,16 @@ from support.settings import UserError, derive_seed, one_line
 def check_packages(attention: str, tracker: str, lora_rank: int) -> None:
     """Check that the optional packages that the settings need are installed. Raises: UserError."""
     if attention == "varlen" and not torch.cuda.is_available():
-        raise UserError(
-            "attention = 'varlen' needs a CUDA GPU: leave it 'auto', which is 'sdpa' without one"
-        )
+        raise UserError("attention = 'varlen' needs a CUDA GPU: leave it 'auto'")
     needed = {"flash_attn": attention == "flash_attention_2", "peft": lora_rank > 0}
     needed[tracker] = tracker != "none"
     for package, wanted in needed.items():
         if wanted and find_spec(package) is None:
             name = package.replace("_", "-")
-            raise UserError(
-                f"these settings need {name}, which is not installed: pip install {name}"
-            )
+            raise UserError(f"these settings need {name}: pip install {name}")
 
 
-def read_model_config(
-    model: str, student_layer: int, longest_row: int, prompt_limit: str
-) -> PreTrainedConfig:
+def check_model_config(model: str, student_layer: int, longest_row: int, prompt_limit: str) -> None:
     """Read a model's config and check what needs no weights. Raises: UserError.
 
     `longest_row`: tokens that positions must exist for, `prompt_limit` + max_response_tokens.
@@ -44,22 +38,17 @@ def read_model_config(
         raise UserError(f"model = {model!r} cannot be loaded: {one_line(problem)}") from None
     layers = getattr(config, "num_hidden_layers", None)
     if layers is None:
-        raise UserError(
-            f"model = {model!r} is a {config.model_type}, not a plain language model: "
-            "name its text model"
-        )
+        raise UserError(f"model = {model!r} is a {config.model_type}: name its text model")
     if student_layer >= layers:
         raise UserError(
-            f"student_layer = {student_layer}, but {model} has {layers} layers and the last one is "
-            f"the teacher; the student is one of 1 to {layers - 1}"
+            f"student_layer = {student_layer}, but {model} has {layers} layers: choose a lower one"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and longest_row > positions:
         raise UserError(
             f"{prompt_limit} + max_response_tokens = {longest_row} exceed the {positions} "
-            f"positions of {model}; {longest_row - positions} fewer would fit"
+            f"positions of {model}"
         )
-    return config
 
 
 def load_model(
@@ -88,9 +77,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as problem:
         raise UserError(f"model = {name!r} cannot be loaded: {one_line(problem)}") from None
     if recompute_layers and not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(model).__name__} cannot recompute activations; set recompute_layers = 0"
-        )
+        raise UserError(f"{type(model).__name__} cannot recompute: set recompute_layers = 0")
     remove_dropout(model)
     if lora_rank:
         add_adapters(model, lora_rank, seed)
@@ -103,14 +90,10 @@ def load_model(
 
 def recompute_some(model: PreTrainedModel, count: int) -> None:
     """Let only `count` evenly spaced layers recompute their activations. Raises: UserError."""
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     total = len(layers)
     if count > total:
-        raise UserError(
-            f"recompute_layers = {count}, but {type(model).__name__} has {total}: 'all' or fewer"
-        )
+        raise UserError(f"recompute_layers = {count}, but the model has {total}")
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index * count // total < (index + 1) * count // total
 

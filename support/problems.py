@@ -58,10 +58,8 @@ def column(row: dict, name: str, source: str) -> Any:
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
             known = list(value) if isinstance(value, dict) else []
-            raise UserError(
-                f"dataset {source!r} has no field {name!r}, only {', '.join(known)}"
-                f"{nearest(part, known)}"
-            )
+            hint = nearest(part, known)
+            raise UserError(f"dataset {source!r} has no field {name!r}, only {known}{hint}")
         value = value[part]
     return value
 
@@ -76,9 +74,7 @@ def prompt_ids(
     """
     messages = as_messages(question)
     if not messages or not all(map(is_message, messages)):
-        raise UserError(
-            f"question {question!r} is neither a text nor a list of messages with role and content"
-        )
+        raise UserError(f"question {question!r} is neither a text nor a list of messages")
     if not system_prompt:
         messages = [message for message in messages if message["role"] != "system"]
     elif messages[0]["role"] != "system":
@@ -137,10 +133,8 @@ def load_problems(
         else:
             problems.append(Problem(index, ids, str(answer).strip()))
     if not problems:
-        raise UserError(
-            f"dataset {source!r}: none of its {len(dataset)} prompts has at most "
-            f"max_prompt_tokens = {max_prompt_tokens} tokens"
-        )
+        limit = f"max_prompt_tokens = {max_prompt_tokens}"
+        raise UserError(f"dataset {source!r}: none of its prompts has at most {limit} tokens")
     return problems, too_long
 
 
@@ -177,9 +171,7 @@ def load_tokenizer(model: str, chat_template: str) -> PreTrainedTokenizerBase:
         raise UserError(f"model = {model!r}: no tokenizer: {one_line(problem)}") from None
     tokenizer.chat_template = chat_template or tokenizer.chat_template
     if not tokenizer.chat_template:
-        raise UserError(
-            f"model = {model!r} has no chat template; set chat_template to a Jinja template"
-        )
+        raise UserError(f"model = {model!r} has no chat template: set chat_template")
     return tokenizer
 
 
@@ -193,7 +185,5 @@ def end_token_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) 
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise UserError(
-            "neither the model's generation config nor its tokenizer has an end-of-sequence token"
-        )
+        raise UserError("neither generation config nor tokenizer has an end-of-sequence token")
     return sorted(ids)

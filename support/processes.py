@@ -163,10 +163,7 @@ def make_accelerator(
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     wrong_version = plugin is not None and plugin.fsdp_version != 2
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or wrong_version:
-        raise UserError(
-            f"Accelerate's config asks for {kind}; this program only uses FSDP2: "
-            "set fsdp_version: 2"
-        )
+        raise UserError(f"Accelerate's config asks for {kind}, not FSDP2: set fsdp_version: 2")
     if cuda:
         if not dist.is_initialized():  # one GPU is a group of one: the same FSDP2 as on many
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -230,10 +227,8 @@ def vllm_share(device: torch.device, model: nn.Module | None) -> float:
         resident = sum(sizes) / world()
     share = min(gather([largest_share(*torch.cuda.mem_get_info(device), resident)]))
     if not share:
-        raise UserError(
-            f"weights and optimizer take {resident / 1e9:.1f} GB of each GPU and leave vLLM "
-            "nothing: use more GPUs, lora_rank or cpu_offload"
-        )
+        fix = "use more GPUs, lora_rank or cpu_offload"
+        raise UserError(f"weights and optimizer leave vLLM nothing of a GPU: {fix}")
     say(f"vllm_memory = {share}: the largest share beside {resident / 1e9:.1f} GB of weights")
     return share
 

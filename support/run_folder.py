@@ -160,9 +160,8 @@ def check_disk(
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, but {count} checkpoints of "
-            f"{size / 1e9:.1f} GB and final/ need {needed / 1e9:.1f}: free some, name another "
-            "output_dir, or lower checkpoints_kept"
+            f"{folder} has {free / 1e9:.1f} GB free, but {count} checkpoints and final/ need "
+            f"{needed / 1e9:.1f}: name another output_dir, or lower checkpoints_kept"
         )
 
 
@@ -234,9 +233,7 @@ def load_checkpoint(
         saved = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
         for name in ("train_data", "test_data"):
             if saved[name] != state[name]:
-                raise UserError(
-                    f"--resume: {name} is {state[name]}, but the run was started with {saved[name]}"
-                )
+                raise UserError(f"{name} is {state[name]}; the run started with {saved[name]}")
         tensors = trained_tensors(model, optimizer)
         dcp.load(tensors, checkpoint_id=found[-1], no_dist=world() == 1)
         parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}

@@ -63,20 +63,14 @@ def checked(kind: type, name: str, value: Any, origin: str) -> Any:
     Raises: UserError with the field, the value and what is allowed.
     """
     field_type = field_types(kind)[name]
+    strict = origin != "command line"
     try:
-        return pydantic.TypeAdapter(field_type).validate_python(
-            value, strict=origin != "command line"
-        )
+        return pydantic.TypeAdapter(field_type).validate_python(value, strict=strict)
     except pydantic.ValidationError as problem:
         choices = get_args(field_type) if get_origin(field_type) is Literal else ()
-        reason = (
-            problem.errors()[0]["msg"]
-            .replace("Input should", "it must")
-            .replace("Value error, ", "")
-        )
-        raise UserError(
-            f"{origin}: {name} = {value!r}: {reason}{nearest(str(value), choices)}"
-        ) from None
+        hint = nearest(str(value), choices)
+        reason = problem.errors()[0]["msg"].replace("Input should", "it must")
+        raise UserError(f"{origin}: {name} = {value!r}: {reason}{hint}") from None
 
 
 def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
@@ -99,9 +93,8 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
     merged, visited, fields = {}, [], list(field_types(kind))
     while name:
         if name not in known:
-            raise UserError(
-                f"{file} has no table {name!r}, only {', '.join(known)}{nearest(name, known)}"
-            )
+            hint = nearest(name, known)
+            raise UserError(f"{file} has no table {name!r}, only {', '.join(known)}{hint}")
         if name in visited:
             raise UserError(f"{file}: table {name!r} is its own base")
         visited.append(name)
@@ -160,9 +153,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         known = [word for action in self._actions for word in action.option_strings]
         wrong = re.search(r"unrecognized arguments: ([^\s=]+)", message)
-        raise UserError(
-            f"command line: {message}{nearest(wrong[1], known) if wrong else ''}; see --help"
-        )
+        hint = nearest(wrong[1], known) if wrong else ""
+        raise UserError(f"command line: {message}{hint}; see --help")
 
     def given(self, arguments: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parse the command line: -> the given fields, checked, and all other options."""
@@ -200,10 +192,8 @@ def load_settings(
         raise UserError(f"--resume: there is no run in {folder}")
     header = written.read_text(encoding="utf-8").partition("\n")[0]
     if f"version {version}," not in header:
-        raise UserError(
-            f"--resume: {folder} was written by another version ({header.strip('# ')}), "
-            f"this is {version}: check out that commit, or start a new run"
-        )
+        written_by = header.strip("# ")
+        raise UserError(f"--resume: {folder} is of {written_by}, not of version {version}")
     table, values = read_table(kind, f"{folder}/config.toml:")
     before = dataclasses.asdict(kind(**values))
     for name, value in given.items():

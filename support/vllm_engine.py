@@ -23,9 +23,7 @@ def start_engine(device: torch.device, **settings: Any) -> tuple[Any, type]:
     try:
         from vllm import LLM, SamplingParams
     except ImportError as problem:
-        raise UserError(
-            f"sampler = 'vllm', but vLLM does not import ({problem}); install it or use hf"
-        ) from None
+        raise UserError(f"vLLM does not import ({problem}): install it or use hf") from None
     settings["enforce_eager"] |= device.type == "cpu"
     # The CPU engine cannot rewind a seeded request whose prompt was split.
     settings["enable_chunked_prefill"] = device.type != "cpu"

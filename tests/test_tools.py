@@ -77,10 +77,6 @@ def test_planned_parts_are_arithmetic(planned):
         assert found.parts["gradients"] >= 4 * parameters / gpus * 0.7
         assert layers < found.parts["activations, rest"] < 2.5 * layers
         assert found.parts["logits chunk"] == 2 * 4 * 8000 * 1024
-    # Four rollouts with prompts of 32. Layers: scoring, forward, 2 x backward. The head: scoring, 6 x training.
-    dense = 2 * (4 * 4 * layer * 1024 + 7 * 8000 * 512 * (3 * 256 + 128))
-    attention = 4.5 * 2 * 4 * 512 * (3 * 288**2 + 160**2)
-    assert found.flops == pytest.approx((dense + attention) / 1024 * found.tokens, rel=0.02)
     assert planned(4, lora_rank=8).training < found.training - 0.9 * 12 / 4 * 20e6
 
 
@@ -88,27 +84,27 @@ def test_the_plan_says_what_to_change(planned, capsys, monkeypatch):
     words, found = planned.words(sampler="vllm"), planned(4, sampler="vllm")
     monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
     assert plan.main([*words, "--gpus", "2x2"]) == 0
-    assert capsys.readouterr().out.count("card: yes; vllm_memory = 0.90 holds") == 4
-    assert plan.main([*words, "--gpus", "2x"]) == 2 and "name the GPUs" in capsys.readouterr().err
-    config = oisd.load_config(words)[1]  # with vllm_memory = "auto"
-    assert "vllm_memory = 0.52" in plan.verdict(24, dataclasses.replace(found, resident=10e9), config)
+    assert capsys.readouterr().out.count("card: yes; vLLM gets 0.90 of it and holds") == 4
+    assert plan.main([*words, "--gpus", "2x"]) == 2
+    assert "name the GPUs" in capsys.readouterr().err
     assert plan.largest_share(24e9, 24e9, 10e9) == 0.52  # (24 - 1.5 - 10) / 24
     assert plan.largest_share(12e9, 24e9, 4e9) == 0.27  # another process has half of the card
-    config = dataclasses.replace(config, recompute_layers="all", vllm_memory=0.4)
+    config = oisd.load_config(words)[1]
+    config = dataclasses.replace(config, recompute_layers="all")
     for changes, message in (
+        ({"resident": 10e9}, "vLLM gets 0.52"),
         ({"training": 23e9, "parts": found.parts | {"activations, rest": 20e9}}, "a smaller max_tokens_per_gpu"),
         ({"training": 23e9, "parts": found.parts | {"logits chunk": 20e9}}, "a smaller lens_chunk_tokens"),
         ({"training": 23e9, "parts": found.parts | {"optimizer": 22e9}}, "more GPUs, lora_rank"),
         ({"training": 10e9, "kept_layer": 5e9}, "recompute_layers = 2 instead of 4 fits"),
-        ({"resident": 15e9}, "vllm_memory at most 0.31"),
-        ({"vllm_least": 12e9}, "vllm_memory at least 0.50"),
+        ({"resident": 15e9, "vllm_least": 8e9}, "vLLM needs 8.0 GB and gets 7.4: more GPUs"),
     ):
         assert message in plan.verdict(24, dataclasses.replace(found, **changes), config)
 
 
 def test_layers_that_are_not_recomputed_are_planned(planned):
     every, half, none = (planned(4, recompute_layers=count) for count in ("all", "2", "0"))
-    assert every.training < half.training < none.training and every.flops > half.flops > none.flops
+    assert every.training < half.training < none.training
     assert every.kept_layer == pytest.approx((none.training - every.training) / 4, rel=1e-3) and none.kept_layer == 0
     assert half.training == pytest.approx((every.training + none.training) / 2, rel=0.05)
 

@@ -1,12 +1,11 @@
 """What the layers of a model would say, as the paper's pictures, and which layer its rule takes as the student.
 
-    python tools/lens.py table PLACE                each layer's first choice for the next token (Fig. 2)
-    python tools/lens.py table PLACE PLACE          student and final layer only, one model below the other (Fig. 7)
-    python tools/lens.py layers PLACE [PLACE ...]   every layer: distance to the last one, certainty
-    python tools/lens.py rule MODEL                 the layer rule: the change of the lens entropy around every FFN
+    python tools/lens.py table PLACE             each layer's first choice for the next token (Fig. 2)
+    python tools/lens.py table PLACE PLACE       student and final layer only, one model below the other (Fig. 7)
+    python tools/lens.py layers PLACE [PLACE ...]   every layer's distance to the last one, as CSV
+    python tools/lens.py rule MODEL              the layer rule: the change of the lens entropy around every FFN
 
-A place is the folder of a run (its `final/`, else its newest checkpoint), a checkpoint in it, or a model's name or
-folder. PLACE=NAME names it in the picture; `layers` averages places of the same name. Problems and settings are the
+A place is the folder of a finished run, or a model's name or folder. PLACE=NAME names it. Problems and settings are the
 run's; for a model, those of `--config FILE:TABLE`. Any field of the config may follow. Held-out problems are used where
 there are some. Computed in float32; rollouts come from Transformers.
 
@@ -19,26 +18,22 @@ BuPO's code. Figure 5 shows layer 6 starting at 11.647 nats, where ln V is 11.93
 """
 
 import argparse
-import csv
 import dataclasses
 import math
-import statistics
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as sharded_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
-from support import laptop, problems, run_folder
+from support import laptop, problems
 from support.settings import Parser, UserError, derive_seed
 
 # ----------------------------------------------------- Models and their rollouts -------------------------------------
@@ -46,7 +41,6 @@ from support.settings import Parser, UserError, derive_seed
 
 @dataclass
 class Opened:
-    place: str
     name: str
     config: oisd.Config
     tokenizer: object
@@ -72,22 +66,14 @@ class Opened:
         return self.tokenizer.decode([index]).replace("\n", "↵").replace(" ", "·") or "∅"
 
 
-def run_of(place: Path) -> Path | None:
-    return next((folder for folder in (place, *place.parents) if (folder / "config.toml").is_file()), None)
-
-
-def written_settings(run: Path) -> dict:
-    (values,) = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).values()
-    return values
-
-
-def settings_of(run: Path | None, place: str, words: list[str]) -> oisd.Config:
-    """Of the table that `--config` names, else of the run; the words on top. Raises: UserError."""
-    if run is None or "--config" in words:
-        if run is None and "--config" not in words and place != "tiny_model":
+def settings_of(place: Path, words: list[str]) -> oisd.Config:
+    """Read the table that `--config` names, else a run's own; the words on top. Raises: UserError."""
+    written = place / "config.toml"
+    if "--config" in words or not written.exists():
+        if "--config" not in words and place.name != "tiny_model":
             raise UserError(f"{place} is no run: name the table of its problems by --config FILE:TABLE")
         return oisd.load_config(words)[1]
-    values = written_settings(run)
+    (values,) = tomllib.loads(written.read_text(encoding="utf-8")).values()
     known = {field.name for field in dataclasses.fields(oisd.Config)}
     values = {name: value for name, value in values.items() if name in known}  # a baseline has more
     given, _ = Parser(oisd.Config, "lens.py", "").given(words)
@@ -99,44 +85,47 @@ def open_place(place: str, words: list[str]) -> Opened:
     name = place
     if "=" in place and not Path(place).exists():
         place, _, name = place.rpartition("=")
-    path, checkpoint = Path(place), None
-    run = run_of(path)
-    config = settings_of(run, place, words)
-    weights = path
-    if run == path:
-        found = run_folder.checkpoints(run)
-        weights = run / "final" if (run / "final").exists() or not found else found[-1]
-        if not weights.exists():
-            raise UserError(f"{place} has neither final/ nor a checkpoint yet")
-    if weights.name.startswith("step_"):
-        checkpoint = weights
-    else:
-        config = dataclasses.replace(config, model=str(weights), lora_rank=0)
-    config = dataclasses.replace(config, dtype="float32", attention="sdpa", spread_weights=False)
+    config = settings_of(Path(place), words)
+    if (Path(place) / "config.toml").exists():
+        place = f"{place}/final"
+        if not Path(place).exists():
+            raise UserError(f"{place} does not exist: the run is not finished")
+    config = dataclasses.replace(config, model=place, lora_rank=0, dtype="float32", attention="sdpa")
+    config = dataclasses.replace(config, spread_weights=False)
     if config.model == "tiny_model":
         laptop.make()
     tokenizer, (loaded, _) = problems.load_tokenizer(config.model, config.chat_template), oisd.load_model(config)
     end_ids = problems.end_token_ids(loaded.generation_config, tokenizer)
     found, _ = oisd.load_problems(config.test_data or config.train_data, tokenizer, config)
     model = oisd.TappedModel(loaded, config)
-    if checkpoint:
-        options = sharded_state.StateDictOptions(ignore_frozen_params=True)
-        state = {"model": sharded_state.get_model_state_dict(model, options=options)}
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)  # into the model's own tensors
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(place, name, config, tokenizer, model, end_ids, found)
+    return Opened(name, config, tokenizer, model, end_ids, found)
 
 
 @torch.no_grad()
-def look(opened: Opened, rollouts: list[oisd.Rollout]):
-    """For each micro-batch, it and the hidden states (layers, N, D) of what predicts the responses; all taps filled."""
+def look(opened: Opened, rollouts: list[oisd.Rollout]) -> Iterator[tuple[oisd.PackedBatch, list[Tensor]]]:
+    """Yield micro-batches, each with the hidden states that predict its responses, (N, D) by layer; all taps filled.
+
+    From layer 0, the embeddings.
+    """
     model, config = opened.model, opened.config
+    embeddings = []
+    hook = model.layers[0].register_forward_pre_hook(
+        lambda _, taken, named: embeddings.append(first_of(taken, named)), with_kwargs=True
+    )
     for part in oisd.my_micro_batches(rollouts, config.max_tokens_per_gpu):
         batch = oisd.pack([rollouts[i] for i in part], config, model.head.device)
         with model.recording(*model.taps, packed=True):
             model.decode(model.model.get_decoder(), batch)
-        yield batch, torch.stack([tap.hidden[0, batch.predicted - 1] for tap in model.taps])
+        states = [embeddings.pop(), *(tap.hidden for tap in model.taps)]
+        yield batch, [state[0, batch.predicted - 1] for state in states]
         model.clear_taps()
+    hook.remove()
+
+
+def first_of(arguments: tuple, named: dict) -> Tensor:
+    """Return the hidden states among the arguments of a layer or a norm."""
+    return arguments[0] if arguments else named["hidden_states"]
 
 
 def layer_logits(model: oisd.TappedModel, hidden: Tensor, layer: int) -> Tensor:
@@ -144,57 +133,16 @@ def layer_logits(model: oisd.TappedModel, hidden: Tensor, layer: int) -> Tensor:
     return model.lens(hidden, model.config.lens_norm or layer == len(model.taps))
 
 
-@torch.no_grad()
-def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[dict[str, float]]:
-    """Of every layer, means over response tokens (attention: over sampled decoding steps), in nats.
-
-    `think_js` and `attention_js` to the last layer, `entropy` of the lens, `agreement`: share of tokens that the lens
-    ranks first where the last layer does too.
-    """
-    model, config = opened.model, opened.config
-    layers = len(model.taps)
-    totals, tokens, steps = torch.zeros(4, layers, dtype=torch.float64), 0, 0
-    for batch, hidden in look(opened, rollouts):
-        for rows in hidden.split(config.lens_chunk_tokens, dim=1):
-            final = model.lens(rows[-1]) / config.distill_temperature
-            for layer in range(layers):
-                logits = layer_logits(model, rows[layer], layer + 1) / config.distill_temperature
-                logprobs = logits.log_softmax(-1)
-                totals[0, layer] += oisd.js_divergence(logits, final).double().sum().cpu()
-                totals[1, layer] -= (logprobs.exp() * logprobs).double().sum().cpu()
-                totals[2, layer] += (logits.argmax(-1) == final.argmax(-1)).sum().cpu()
-        for layer, tap in enumerate(model.taps):
-            totals[3, layer] += oisd.attention_js(tap, model.taps[-1], batch, config).double().sum().cpu()
-        tokens, steps = tokens + len(batch.predicted), steps + len(batch.queries)
-    means = totals / torch.tensor([[tokens], [tokens], [tokens], [steps]])
-    names = ("think_js", "entropy", "agreement", "attention_js")
-    return [{"layer": layer + 1, **dict(zip(names, means[:, layer].tolist()))} for layer in range(layers)]
-
-
 # ----------------------------------------------------- Pictures -----------------------------------------------------
 
 
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    print(path)
-
-
-@torch.no_grad()
 def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, float]]]:
     """By layer, from 0, the embeddings: for each response token, the token that the lens ranks first and its logit."""
-    model, first = opened.model, []
-    hook = model.layers[0].register_forward_pre_hook(
-        lambda _, taken, named: first.append(taken[0] if taken else named["hidden_states"]), with_kwargs=True
-    )
-    try:
-        ((batch, hidden),) = look(opened, [rollout])
-    finally:
-        hook.remove()
-    states, cells = [first[0][0, batch.predicted - 1], *hidden], []
-    for layer, state in enumerate(states):
-        best = layer_logits(model, state, layer).max(-1)
-        cells.append(list(zip(best.indices.tolist(), best.values.tolist())))
+    cells = []
+    for _, states in look(opened, [rollout]):
+        for layer, state in enumerate(states):
+            best = layer_logits(opened.model, state, layer).max(-1)
+            cells.append(list(zip(best.indices.tolist(), best.values.tolist())))
     return cells
 
 
@@ -238,7 +186,9 @@ def table(places: Iterable[Opened], options) -> None:
     bar = figure.colorbar(image, location="top", shrink=0.6, aspect=40, ticks=[least, most])
     bar.outline.set_visible(False)
     figure.supxlabel(f"{question(first, problem)}   gold: {problem.answer}", fontsize=8, parse_math=False)
-    save(figure, options.output)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output, dpi=110)
+    print(options.output)
 
 
 def question(opened: Opened, problem) -> str:
@@ -252,42 +202,41 @@ def shown_layers(count: int, student: int, most: int) -> list[int]:
     return sorted({*range(0, count, -(-count // most)), student, count})
 
 
+# ----------------------------------------------------- Every layer ---------------------------------------------------
+
+
 def layers(places: Iterable[Opened], options) -> None:
-    """Measure all layers of each place on its own rollouts: a CSV file and a picture."""
-    rows = []
+    """Print all layers of each place, measured on its own rollouts, as CSV."""
+    print("name,layer,think_js,entropy,agreement,attention_js")
     for opened in places:
-        names = {"name": opened.name, "place": opened.place}
-        rows += [names | row for row in measure_layers(opened, opened.sample(options.problems))]
-        print(f"{opened.name}: {len(opened.model.taps)} layers", flush=True)
-    path = options.output.with_suffix(".csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    titles = {
-        "think_js": "JS to the last layer (nats)",
-        "attention_js": "attention JS to the last layer (nats)",
-        "entropy": "entropy of the lens (nats)",
-        "agreement": "share of tokens ranked first as by the last layer",
-    }
-    figure = Figure(figsize=(3.6 * len(titles), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(titles))
-    for axis, (name, title) in zip(axes, titles.items()):
-        columns: dict[str, dict[int, list[float]]] = {}
-        for row in rows:
-            columns.setdefault(row["name"], {}).setdefault(row["layer"], []).append(row[name])
-        for label, by_layer in columns.items():
-            means = [statistics.fmean(values) for values in by_layer.values()]
-            bands = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in by_layer.values()]
-            axis.plot(list(by_layer), means, marker=".", label=label)
-            edges = [[mean + sign * band for mean, band in zip(means, bands)] for sign in (-1, 1)]
-            axis.fill_between(list(by_layer), *edges, alpha=0.2, linewidth=0)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("layer")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    save(figure, options.output)
+        for layer, means in enumerate(measure_layers(opened, opened.sample(options.problems)), start=1):
+            print(opened.name, layer, *(f"{mean:.5g}" for mean in means), sep=",", flush=True)
+
+
+@torch.no_grad()
+def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[list[float]]:
+    """Average over response tokens (attention JS: over sampled decoding steps), in nats: -> four means by layer.
+
+    JS to the last layer, entropy of the lens, share of tokens that the lens ranks first where the last layer does too,
+    attention JS to the last layer.
+    """
+    model, config = opened.model, opened.config
+    count = len(model.taps)
+    totals, tokens, steps = torch.zeros(4, count, dtype=torch.float64), 0, 0
+    for batch, states in look(opened, rollouts):
+        for *rows, last in zip(*(state.split(config.lens_chunk_tokens) for state in states[1:])):
+            final = model.lens(last) / config.distill_temperature
+            for layer, hidden in enumerate([*rows, last]):
+                logits = layer_logits(model, hidden, layer + 1) / config.distill_temperature
+                logprobs = logits.log_softmax(-1)
+                totals[0, layer] += oisd.js_divergence(logits, final).double().sum().cpu()
+                totals[1, layer] -= (logprobs.exp() * logprobs).double().sum().cpu()
+                totals[2, layer] += (logits.argmax(-1) == final.argmax(-1)).sum().cpu()
+        for layer, tap in enumerate(model.taps):
+            totals[3, layer] += oisd.attention_js(tap, model.taps[-1], batch, config).double().sum().cpu()
+        tokens += len(batch.predicted)
+        steps += len(batch.queries)
+    return (totals / torch.tensor([[tokens], [tokens], [tokens], [steps]])).T.tolist()
 
 
 # ----------------------------------------------------- The layer rule -------------------------------------------------
@@ -322,7 +271,7 @@ def ffn_entropies(model: oisd.TappedModel, batch: oisd.PackedBatch) -> Tensor:
 
 
 def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
-    """Show `see` the residual stream of a decoder layer before its FFN (0) and behind it (1). -> handles of the hooks.
+    """Show `see` the residual stream of a decoder layer before its FFN (0) and after it (1): -> handles of the hooks.
 
     The stream before the FFN is what went into the norm whose output the FFN takes, or what the FFN takes itself.
     """
@@ -333,17 +282,15 @@ def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
     start: list[Tensor] = []
     normed: list[tuple[Tensor, Tensor]] = []
 
-    def first(arguments: tuple, named: dict) -> Tensor:
-        return arguments[0] if arguments else named["hidden_states"]
-
     def at_start(_, arguments, named):
-        start[:], normed[:] = [first(arguments, named)], []
+        start[:] = [first_of(arguments, named)]
+        normed.clear()
 
-    def behind_norm(_, arguments, named, output):
-        normed.append((first(arguments, named), output))
+    def after_norm(_, arguments, named, output):
+        normed.append((first_of(arguments, named), output))
 
     def at_ffn(_, arguments, named):
-        taken = first(arguments, named)
+        taken = first_of(arguments, named)
         stream = next((before for before, after in normed if after is taken), taken)
         if stream is start[0]:
             raise UserError(f"{name} runs attention and FFN side by side, so the layer rule does not apply")
@@ -355,37 +302,31 @@ def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
     norms = [child for child in layer.children() if "norm" in type(child).__name__.lower()]
     return [
         layer.register_forward_pre_hook(at_start, with_kwargs=True),
-        *(norm.register_forward_hook(behind_norm, with_kwargs=True) for norm in norms),
+        *(norm.register_forward_hook(after_norm, with_kwargs=True) for norm in norms),
         ffn.register_forward_pre_hook(at_ffn, with_kwargs=True),
         layer.register_forward_hook(at_end),
     ]
 
 
-def report(means: Tensor, folder: Path) -> list[int]:
-    """Print, save (layers.csv) and apply the rule: -> the student layer with and without the norm.
+def report(means: Tensor) -> list[int]:
+    """Print the entropies and apply the rule: -> the student layer with the final norm and without it; 0: none.
 
-    `means`: (2, 2, L), as `ffn_entropies` orders them. 0 stands for no layer.
+    `means`: (2, 2, L), as `ffn_entropies` orders them.
     """
-    signals = means[:, 1] - means[:, 0]  # (2, L)
-    columns = torch.cat([means, signals[:, None]], dim=1).flatten(0, 1)  # (6, L): before, after, signal, twice
-    rows = [(layer, *values) for layer, values in enumerate(columns.T.tolist(), 1)]
-    names = "entropy_before entropy_after signal".split()
-    with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as file:
-        header = ["layer", *names, *(f"{name}_without_norm" for name in names)]
-        csv.writer(file).writerows([header, *rows])
     print("lens entropy around the FFN, nats      with the final norm                without it")
     print("layer" + 2 * "   H before    H after     signal")
-    for layer, *values in rows:
-        print(f"{layer:5}" + "".join("{:11.4f}{:11.4f}{:+11.4f}".format(*values[i : i + 3]) for i in (0, 3)))
+    signals = means[:, 1] - means[:, 0]  # (2, L)
+    for layer in range(means.shape[2]):
+        values = torch.cat([means[:, :, layer], signals[:, None, layer]], dim=1)
+        print(f"{layer + 1:5}" + "".join("{:11.4f}{:11.4f}{:+11.4f}".format(*reading) for reading in values.tolist()))
     chosen = []
     for reading, signal in zip(("with", "without"), signals.tolist()):
         positive = [layer for layer, value in enumerate(signal[:-1], 1) if value > 0]
-        chosen.append(positive[-1] if positive else 0)
+        chosen.append(max(positive, default=0))
         if positive:
-            print(f"{reading} the norm: student layer {positive[-1]}, the last below the teacher whose FFN explores")
+            print(f"{reading} the norm: student layer {chosen[-1]}, the last below the teacher whose FFN explores")
         else:
-            print(f"{reading} the norm: no FFN below layer {len(rows)} raises the lens entropy")
-    print(folder / "layers.csv")
+            print(f"{reading} the norm: no FFN below layer {means.shape[2]} raises the lens entropy")
     return chosen
 
 
@@ -401,8 +342,7 @@ def rule(places: Iterable[Opened], options) -> None:
     for part in oisd.my_micro_batches(rollouts, opened.config.max_tokens_per_gpu):
         batch = oisd.pack([rollouts[index] for index in part], opened.config, model.head.device)
         total += model(ffn_entropies, model, batch).double().sum(-1).cpu()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    report(total / tokens, options.output.parent)
+    report(total / tokens)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -410,13 +350,12 @@ def main(words: list[str] | None = None) -> int:
     kinds = {"table": table, "layers": layers, "rule": rule}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("places", nargs="+", metavar="PLACE")
-    parser.add_argument("--output", type=Path, help="a .png file (default: lens-KIND.png); rule: files in its folder")
+    parser.add_argument("--output", type=Path, default=Path("lens.png"), help="table: default: %(default)s")
     parser.add_argument("--problem", type=int, default=0, help="table: which problem, from 0")
     parser.add_argument("--problems", type=int, default=128, help="layers, rule: how many (default: 128)")
     parser.add_argument("--tokens", type=int, default=13, help="table: of the response (default: 13)")
     parser.add_argument("--layers", type=int, default=0, help="table: rows, about (default: 18; of several places two)")
     options, rest = parser.parse_known_args(words)
-    options.output = options.output or Path(f"lens-{options.kind}.png")
     options.layers = options.layers or (18 if len(options.places) == 1 else 0)
     if options.kind == "rule" and len(options.places) > 1:
         parser.error("rule takes one model")

@@ -1,14 +1,14 @@
-"""Plan the memory and the work of a training step before renting GPUs.
+"""Plan the memory of a training step before renting GPUs.
 
     python tools/plan.py --config configs.toml:qwen3_4b --gpus 4          one machine
     python tools/plan.py --config configs.toml:qwen3_8b --gpus 2x8        machines x GPUs of each; any field may follow
 
 The program's own model, sharding, packing and losses run on PyTorch's fake tensors, which have shapes but no numbers.
 No weights and no GPU are needed. A micro-batch is the largest that the config allows: `max_tokens_per_gpu` tokens,
-nearly all of them responses. PyTorch counts the FLOPs of the first one and the memory of the second, where the
-gradients of the first already exist. Another one without recomputation shows what a layer takes that keeps its
-activations. Arithmetic adds AdamW's two float32 moments, what vLLM takes beyond weights and cache, and a reserve for
-the CUDA context, NCCL and fragmentation.
+nearly all of them responses. PyTorch counts the memory of the second one, where the gradients of the first already
+exist. Another pass without recomputation shows what a layer takes that keeps its activations. Arithmetic adds AdamW's
+two float32 moments, what vLLM takes beyond weights and cache, and a reserve for the CUDA context, NCCL and
+fragmentation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -55,7 +54,7 @@ PARTS = {  # the tracker's categories
 
 @dataclass
 class Plan:
-    """Bytes per GPU, and FLOPs of a complete step."""
+    """Bytes per GPU."""
 
     parts: dict[str, int]  # at the peak; they sum to `training`
     training: int  # peak of a micro-batch and the optimizer's step
@@ -65,8 +64,6 @@ class Plan:
     vllm_cache: int  # the cache's part of it
     layers: int  # decoder layers
     kept_layer: int  # what a layer takes that is not recomputed
-    flops: float
-    tokens: int  # of a step whose responses all have full length
 
 
 def planned_attention(module, query, key, value, mask, scaling=None, **_):
@@ -136,7 +133,7 @@ def recomputed(config: Config, layers: int) -> int:
 def trace(config: Config, gpus: int) -> Plan:
     """Make a plan without `kept_layer`. Raises: UserError, as `plan` does."""
     config = dataclasses.replace(config, attention="sdpa")  # FlashAttention needs a GPU
-    models.read_model_config(config.model, config.student_layer, config.longest_row, config.prompt_limit)
+    models.check_model_config(config.model, config.student_layer, config.longest_row, config.prompt_limit)
     real = oisd.pack(longest_batch(config), config)
     model = TappedModel(oisd.load_model(config, empty_on="meta")[0], config).train()
     model.model.set_attn_implementation("planned")
@@ -149,10 +146,7 @@ def trace(config: Config, gpus: int) -> Plan:
             batch = dataclasses.replace(real, **tensors)
             fill(model)
             oisd.shard(model, mesh, config)
-            with FlopCounterMode(display=False) as counter:  # keeps its tensors alive, so memory is measured later
-                micro_batch(model, batch)
-                with torch.no_grad():
-                    model(model.response_logprobs, batch)
+            micro_batch(model, batch)
             with (tracker := FSDPMemTracker(model)):
                 micro_batch(model, batch)
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
@@ -174,74 +168,40 @@ def trace(config: Config, gpus: int) -> Plan:
     logits = 2 * min(config.lens_chunk_tokens, config.max_tokens_per_gpu) * len(model.head)  # policy's and student's
     parts |= {"optimizer": optimizer, "logits chunk": width * logits}
     parts["activations, rest"] = total - sum(parts.values())
-    tokens = config.prompts_per_step * config.group_size * config.longest
-    flops = step_flops(counter.get_total_flops(), real.lengths, config, model) / sum(real.lengths) * tokens
     resident = parts["parameters"] + optimizer
-    return Plan(parts, total, host, resident, *vllm_bytes(config, model), len(model.layers), 0, flops, tokens)
-
-
-def attention_shape(model: TappedModel) -> tuple[int, int, int, int]:
-    """Return the numbers of layers, query heads and key heads, and the head size."""
-    shape = model.model.config
-    heads = shape.num_attention_heads
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    return shape.num_hidden_layers, heads, shape.num_key_value_heads, head_size
+    return Plan(parts, total, host, resident, *vllm_bytes(config, model), len(model.layers), 0)
 
 
 def vllm_bytes(config: Config, model: TappedModel) -> tuple[int, int]:
     """Compute the least that vLLM needs of a GPU, and the keys and values of one longest sequence."""
     if config.sampler != "vllm":
         return 0, 0
-    layers, _, key_heads, head_size = attention_shape(model)
-    cache = 2 * 2 * config.longest * layers * key_heads * head_size
+    shape = model.model.config
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    cache = 2 * 2 * config.longest * shape.num_hidden_layers * shape.num_key_value_heads * head_size
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     return int((weights + cache) / config.tensor_parallel + VLLM_WORKS), cache // config.tensor_parallel
 
 
-def step_flops(counted: int, lengths: list[int], config: Config, model: TappedModel) -> float:
-    """Add attention, which the counter does not see, to the FLOPs of scoring and training a micro-batch.
-
-    A causal pass of attention takes 2 H d T^2 forward and 2.5 times that backward.
-    """
-    layers, heads, _, head_size = attention_shape(model)
-    passes = 2 + recomputed(config, layers) / layers + 2.5  # scoring and training; again; backward
-    return counted + passes * 2 * layers * heads * head_size * sum(length**2 for length in lengths)
-
-
 def verdict(card: int, found: Plan, config: Config) -> str:
     """Say whether the step fits a card of that many GB, and if not, which field to change."""
-    room = card * GB - RESERVE
-    most = largest_share(card * GB, card * GB, found.resident)
-    chosen = most if config.vllm_memory == "auto" else config.vllm_memory
-    share = chosen * card * GB if config.sampler == "vllm" else 0
-    beside = VLLM_SLEEPS if share else 0
-    if found.training + beside > room:
-        return f"no, training takes {found.training / GB:.1f} GB: {fix(found, config, room - beside)}"
-    if found.resident + share > room:
-        change = f"vllm_memory at most {most:.2f}" if share and most > 0.02 else "more GPUs, or cpu_offload"
-        return f"no, weights, optimizer and vLLM's share together exceed it: {change}"
-    if share and share < found.vllm_least:
-        least = found.vllm_least / (card * GB)
-        change = f"vllm_memory at least {least:.2f}" if least <= most else "more GPUs"
-        return f"no, vLLM needs {found.vllm_least / GB:.1f} GB: {change}"
-    cache = with_cache(found, share, chosen, most, card)
-    return "yes" + cache + with_layers(found, config, room - beside)
-
-
-def with_cache(found: Plan, share: float, chosen: float, most: float, card: int) -> str:
-    """Say how many sequences of full length vLLM holds at once, in its share and in the largest one that fits."""
-    if not share:
-        return ""
-    counts = {s: int((s * card * GB - found.vllm_least) / found.vllm_cache) + 1 for s in (chosen, most)}
-    more = f", {counts[most]} at {most:.2f}, the most" if most > chosen else ""
-    return f"; vllm_memory = {chosen:.2f} holds {counts[chosen]} sequences of full length at once{more}"
-
-
-def with_layers(found: Plan, config: Config, room: float) -> str:
-    """Say how few decoder layers need to be recomputed, if fewer than now."""
+    vllm = config.sampler == "vllm"
+    room = card * GB - RESERVE - VLLM_SLEEPS * vllm
+    if found.training > room:
+        return f"no, training takes {found.training / GB:.1f} GB: {fix(found, config, room)}"
+    text = "yes"
+    if vllm:
+        share = largest_share(card * GB, card * GB, found.resident)  # vllm_memory = "auto"
+        free = share * card * GB - found.vllm_least
+        if free < 0:
+            return f"no, vLLM needs {found.vllm_least / GB:.1f} GB and gets {share * card:.1f}: more GPUs"
+        held = 1 + int(free / found.vllm_cache)
+        text += f"; vLLM gets {share:.2f} of it and holds {held} sequences of full length at once"
     now = recomputed(config, found.layers)
-    keep = min(now, int((room - found.training) / found.kept_layer)) if found.kept_layer else 0
-    return f"; recompute_layers = {now - keep} instead of {now} fits, too" if keep > 0 else ""
+    kept = min(now, int((room - found.training) / found.kept_layer)) if found.kept_layer else 0
+    if kept:
+        text += f"; recompute_layers = {now - kept} instead of {now} fits, too"
+    return text
 
 
 def fix(found: Plan, config: Config, room: float) -> str:
@@ -278,7 +238,6 @@ def report(name: str, config: Config, words: str) -> str:
         lines.append(f"  {'a layer kept':18} {found.kept_layer / GB:7.2f}  more, for each that is not recomputed")
     if config.sampler == "vllm":
         lines.append(f"  {'vLLM needs':18} {found.vllm_least / GB:7.2f}  asleep while the trainer works")
-    lines.append(f"{found.flops:.3g} FLOPs a step, if all {found.tokens:,} tokens of full-length rollouts are drawn")
     lines += [f"  {card:3} GB card: {verdict(card, found, config)}" for card in CARDS]
     return "\n".join([*lines, f"planned in {time.monotonic() - start:.0f} s"])
 
