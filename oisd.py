@@ -70,7 +70,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
@@ -157,7 +157,6 @@ class Config:
     spread_weights: bool = False  # spread float32 weights within their bfloat16 rounding cells
     attention: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = "auto"  # kernel
     recompute_layers: Count | Literal["all"] = "all"  # layers that recompute their activations
-    cpu_offload: bool = False  # keep weights, gradients and optimizer in host memory; slow
     lora_rank: Count = 0  # train adapters of this rank on all linear layers but the head; 0: none
     max_tokens_per_gpu: AtLeastOne = 16384  # limit of a packed micro-batch, prompts included
     lens_chunk_tokens: AtLeastOne = 1024  # tokens whose logits exist at the same time
@@ -219,7 +218,7 @@ class Config:
 FREE_ON_RESUME = (
     "output_dir resume num_steps checkpoint_every checkpoints_kept rollouts_every eval_every "
     "tracker grader_seconds grader_workers max_tokens_per_gpu lens_chunk_tokens recompute_layers "
-    "sampler_batch vllm_memory vllm_eager max_logprob_gap tensor_parallel cpu_offload"
+    "sampler_batch vllm_memory vllm_eager max_logprob_gap tensor_parallel"
 ).split()
 
 
@@ -318,7 +317,7 @@ class VllmSampler:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # give vLLM what PyTorch keeps for the next backward pass
             self.engine.wake_up(tags=["weights"])
-        weights = full_weights(model, getattr(torch, self.config.dtype), self.device)
+        weights = full_weights(model, getattr(torch, self.config.dtype))
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.device.type == "cpu" and model.config.tie_word_embeddings:
             repack_tied_head(self.engine)
@@ -360,15 +359,13 @@ class VllmSampler:
                 yield index, response, logprobs, finish
 
 
-def full_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """Gather a sharded parameter on the device. All ranks must ask in the same order."""
-    tensor = tensor.detach().to(device)
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded parameter. All ranks must ask in the same order."""
+    tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_weights(
-    model: PreTrainedModel, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
+def full_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of each weight as in the model's files: gathered, adapters merged.
 
     Tied weights come once. All ranks must iterate to the end.
@@ -378,10 +375,10 @@ def full_weights(
     for name, tensor in [*model.named_parameters(), *buffers]:
         owner, adapted, last = name.rpartition(".base_layer.")
         if adapted and last == "weight":
-            delta = full_tensor(model.get_submodule(owner).get_delta_weight("default"), device)
-            yield f"{owner}.weight", (full_tensor(tensor, device) + delta).to(dtype)
+            delta = full_tensor(model.get_submodule(owner).get_delta_weight("default"))
+            yield f"{owner}.weight", (full_tensor(tensor) + delta).to(dtype)
         elif ".lora_" not in name:
-            tensor = full_tensor(tensor.detach().to(dtype), device)
+            tensor = full_tensor(tensor.detach().to(dtype))
             yield name.replace(".base_layer.", "."), tensor
 
 
@@ -1157,7 +1154,7 @@ def clip_gradients(run: Run) -> list[float]:
     norms = []
     for group in run.optimizer.param_groups:
         norm = nn.utils.clip_grad_norm_(group["params"], run.config.max_grad_norm)
-        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+        norms.append(full_tensor(norm).item())
     return norms
 
 
@@ -1237,35 +1234,28 @@ def train_step(run: Run) -> dict[str, Any]:
 # compute, and, by FSDP2, weights, gradients and optimizer state.
 
 
-def shard(
-    model: TappedModel, mesh: DeviceMesh, config: Config, offload=False, reshard=True
-) -> None:
+def shard(model: TappedModel, mesh: DeviceMesh, config: Config, reshard: bool = True) -> None:
     """Shard in place: each decoder layer is a unit; embeddings, final norm and head are the root's.
 
-    Parameters, gradients and reductions are float32, compute is in `dtype`. `offload`: to host
-    memory while not in use. `reshard`: gather a layer again for its backward pass.
+    Parameters, gradients and reductions are float32, compute is in `dtype`. `reshard`: free a
+    layer's gathered weights after its forward pass and gather them again for the backward pass.
     """
     compute = torch.bfloat16 if config.dtype == "bfloat16" else None
     # Inputs are not cast, since advantages and old log-probs must stay float32.
     precision = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
-    if offload:
-        settings["offload_policy"] = CPUOffloadPolicy()
     for unit in model.units:
-        fully_shard(unit, reshard_after_forward=reshard, **settings)
-    fully_shard(model, **settings)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
-def load_shards(
-    model: nn.Module, source: nn.Module | None, device: torch.device, offload: bool = False
-) -> None:
+def load_shards(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
     """Fill a sharded model from rank 0's full `source`. Raises: UserError if a tensor differs."""
-    model.to_empty(device="cpu" if offload else device)
+    model.to_empty(device=device)
     weights = source.state_dict() if source is not None else {}
     options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload or device.type == "cpu"
+        full_state_dict=True, broadcast_from_rank0=True, cpu_offload=device.type == "cpu"
     )
     set_model_state_dict(model, weights, options=options)
     # Rotary frequencies are in no state dict and may have two names (Phi3's longrope).
@@ -1274,7 +1264,7 @@ def load_shards(
     for name, buffer in buffers[0].items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer.to(device)
-    models.check_same_tensors(model, source, lambda tensor: full_tensor(tensor, device))
+    models.check_same_tensors(model, source, full_tensor)
 
 
 # ---- A run -------------------------------------------------------------------------------------
@@ -1366,12 +1356,11 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     source, facts = load_source(config, method, tokenizer, folder, sharded)
     export_dtype, generation_config, end_ids = facts
     model = method.model(load_model(config, empty_on="meta")[0], config) if sharded else source
-    offload, reshard = processes.fsdp_settings(accelerator, config.cpu_offload)
 
     # Start the engine while the device is empty.
     if config.sampler == "vllm":
         if config.vllm_memory == "auto" and device.type == "cuda":
-            share = processes.vllm_share(device, None if offload else model)
+            share = processes.vllm_share(device, model)
             config = model.config = dataclasses.replace(config, vllm_memory=share)
         sampler = VllmSampler(config, end_ids, device)
         sampler.sleep()
@@ -1379,8 +1368,9 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
         sampler = hf_sampler(config, model.model, end_ids, device, model)
 
     if sharded:
-        shard(model, init_device_mesh(device.type, (world(),)), config, offload, reshard)
-        load_shards(model, source, device, offload)
+        mesh = init_device_mesh(device.type, (world(),))
+        shard(model, mesh, config, processes.reshard_after_forward(accelerator))
+        load_shards(model, source, device)
     else:
         model.to(device)
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -1489,7 +1479,7 @@ def train(run: Run) -> None:
             log.write(train_step(run))
             run.signals.check()
 
-    weights = full_weights(run.model.model, run.export_dtype, run.accelerator.device)
+    weights = full_weights(run.model.model, run.export_dtype)
     parts = run.generation_config, run.tokenizer
     final = run_folder.export(run.folder, run.model.model, weights, run.export_dtype, *parts)
     say(f"trained model: {final}; curves: {run.folder / 'curves.png'}")

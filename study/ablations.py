@@ -18,7 +18,6 @@ from typing import ClassVar, Literal
 
 import pydantic
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
@@ -73,7 +72,7 @@ def gradient_norms(run: oisd.Run, rollouts: Sequence[oisd.Rollout]) -> dict[str,
         oisd.accumulate_gradients(run, rollouts, config.max_tokens_per_gpu)
         gradients = [p.grad for p in run.optimizer.param_groups[0]["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        norms[name] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norms[name] = oisd.full_tensor(norm).item()
         run.optimizer.zero_grad()
     run.model.config = config
     return norms

@@ -48,8 +48,8 @@ class SeededSampling(LogitsProcessor):
 class HfSampler:
     """Sample from the very weights that are trained, with Transformers' `generate`.
 
-    `device`: of the computation; offloaded weights are elsewhere. `batch`: sequences generated at
-    once. `root`: the module to generate within if weights are sharded, where they are gathered.
+    `batch`: sequences generated at once. `root`: the module to generate within if weights are
+    sharded, where they are gathered.
     """
 
     ghost_bytes = 0  # memory of its own that PyTorch would count

@@ -1,6 +1,6 @@
 """Build the laptop's model and task: a 1.2 M-parameter model that adds four numbers.
 
-    python -m support.laptop [FOLDER] [--slip S] [--careless-steps N]
+    python -m support.laptop [FOLDER] [--slip S]
 
 builds an ordinary Hugging Face folder (Qwen3ForCausalLM, float32, own tokenizer and chat template)
 with `train.jsonl` and `test.jsonl` next to the weights. This takes about a minute on two cores and
@@ -174,7 +174,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def fine_tune(model, tokenizer, held_out, rng, slip, careless_steps):
+def fine_tune(model, tokenizer, held_out, rng, slip):
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices, lr=LR)
@@ -183,7 +183,7 @@ def fine_tune(model, tokenizer, held_out, rng, slip, careless_steps):
     ramp = [min((step + 1) / 20, (STEPS - step) / (0.3 * STEPS), 1.0) for step in range(STEPS + 1)]
     schedules = [LambdaLR(optimizer, ramp.__getitem__) for optimizer in (muon, adam)]
     for step in (bar := trange(STEPS, desc="building the model")):
-        careless = step >= STEPS - careless_steps
+        careless = step >= STEPS - CARELESS_STEPS
         ids, labels = draw_batch(tokenizer, slip if careless else 0.0, held_out, rng)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
@@ -202,11 +202,11 @@ def write_problems(path, questions):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make(folder=FOLDER, slip=SLIP, careless_steps=CARELESS_STEPS):
+def make(folder=FOLDER, slip=SLIP):
     """Build the model folder, unless this version of the file has built it. Return its path."""
     folder = Path(folder)
     source = Path(__file__).read_text(encoding="utf-8")
-    made_by = hashlib.sha256(f"{source}{slip} {careless_steps}".encode()).hexdigest()
+    made_by = hashlib.sha256(f"{source}{slip}".encode()).hexdigest()
     stamp = folder / "made_by"
     if stamp.exists() and stamp.read_text() == made_by:
         return folder
@@ -221,7 +221,7 @@ def make(folder=FOLDER, slip=SLIP, careless_steps=CARELESS_STEPS):
         torch.manual_seed(SEED)
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
-        fine_tune(model, tokenizer, set(problems), rng, slip, careless_steps)
+        fine_tune(model, tokenizer, set(problems), rng, slip)
     # Write to a temporary folder and rename it, so that the folder is always complete.
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}-"))
@@ -239,15 +239,13 @@ def make(folder=FOLDER, slip=SLIP, careless_steps=CARELESS_STEPS):
 
 def main():
     parser = argparse.ArgumentParser(description="Build the laptop's model and its sums.")
-    add = parser.add_argument
-    add("folder", nargs="?", type=Path, default=FOLDER, help="default: %(default)s")
-    add("--slip", type=float, default=SLIP, help="share of careless steps to spoil (%(default)s)")
-    add("--careless-steps", type=int, default=CARELESS_STEPS, help=f"of {STEPS} (%(default)s)")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
+    parser.add_argument("--slip", type=float, default=SLIP, help="share of steps that go wrong")
     options = parser.parse_args()
-    if not (0 <= options.slip <= 1 and 0 <= options.careless_steps <= STEPS):
-        parser.error(f"--slip must be 0 to 1, --careless-steps 0 to {STEPS}")
+    if not 0 <= options.slip <= 1:
+        parser.error(f"--slip {options.slip}: it must be 0 to 1")
     try:
-        folder = make(options.folder, options.slip, options.careless_steps)
+        folder = make(options.folder, options.slip)
     except UserError as problem:
         parser.error(str(problem))
     print(folder)

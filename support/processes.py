@@ -150,7 +150,7 @@ def make_accelerator(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     check_engines(tensor_parallel, processes)
     cuda = torch.cuda.is_available()
-    # gloo beside NCCL: for lists of rollouts, for checkpoints and for offloaded weights.
+    # gloo beside NCCL: for lists of rollouts and for checkpoints.
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     group = InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(hours=hours))
     accelerator = Accelerator(
@@ -164,6 +164,8 @@ def make_accelerator(
     wrong_version = plugin is not None and plugin.fsdp_version != 2
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or wrong_version:
         raise UserError(f"Accelerate's config asks for {kind}, not FSDP2: set fsdp_version: 2")
+    if isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy):
+        raise UserError("Accelerate's config offloads weights: set fsdp_offload_params: false")
     if cuda:
         if not dist.is_initialized():  # one GPU is a group of one: the same FSDP2 as on many
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -175,12 +177,10 @@ def make_accelerator(
     return accelerator
 
 
-def fsdp_settings(accelerator: Accelerator, cpu_offload: bool) -> tuple[bool, bool]:
-    """Combine the run's and Accelerate's settings: -> offload to the CPU, reshard after forward."""
+def reshard_after_forward(accelerator: Accelerator) -> bool:
+    """Return what Accelerate's config says; the default is to reshard."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    asked = isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
-    offload = accelerator.device.type == "cuda" and (cpu_offload or asked)
-    return offload, bool(plugin.reshard_after_forward) if plugin else True
+    return bool(plugin.reshard_after_forward) if plugin else True
 
 
 def to_device(tensors: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
@@ -215,20 +215,17 @@ def largest_share(free: float, total: float, resident: float) -> float:
     return max(0.0, min(0.9, share))
 
 
-def vllm_share(device: torch.device, model: nn.Module | None) -> float:
+def vllm_share(device: torch.device, model: nn.Module) -> float:
     """Compute `vllm_memory = "auto"`: the largest share that fits on every rank's GPU.
 
     Beside vLLM stay this rank's shard of the weights and two float32 moments of those trained.
-    `model` is None if the model is kept in host memory. Raises: UserError if no share fits.
+    Raises: UserError if no share fits.
     """
-    resident = 0.0
-    if model is not None:
-        sizes = [p.numel() * (p.element_size() + 8 * p.requires_grad) for p in model.parameters()]
-        resident = sum(sizes) / world()
+    sizes = [p.numel() * (p.element_size() + 8 * p.requires_grad) for p in model.parameters()]
+    resident = sum(sizes) / world()
     share = min(gather([largest_share(*torch.cuda.mem_get_info(device), resident)]))
     if not share:
-        fix = "use more GPUs, lora_rank or cpu_offload"
-        raise UserError(f"weights and optimizer leave vLLM nothing of a GPU: {fix}")
+        raise UserError("weights and optimizer leave vLLM nothing: use more GPUs or lora_rank")
     say(f"vllm_memory = {share}: the largest share beside {resident / 1e9:.1f} GB of weights")
     return share
 

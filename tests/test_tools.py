@@ -95,7 +95,7 @@ def test_the_plan_says_what_to_change(planned, capsys, monkeypatch):
         ({"resident": 10e9}, "vLLM gets 0.52"),
         ({"training": 23e9, "parts": found.parts | {"activations, rest": 20e9}}, "a smaller max_tokens_per_gpu"),
         ({"training": 23e9, "parts": found.parts | {"logits chunk": 20e9}}, "a smaller lens_chunk_tokens"),
-        ({"training": 23e9, "parts": found.parts | {"optimizer": 22e9}}, "more GPUs, lora_rank"),
+        ({"training": 23e9, "parts": found.parts | {"optimizer": 22e9}}, "more GPUs, or lora_rank"),
         ({"training": 10e9, "kept_layer": 5e9}, "recompute_layers = 2 instead of 4 fits"),
         ({"resident": 15e9, "vllm_least": 8e9}, "vLLM needs 8.0 GB and gets 7.4: more GPUs"),
     ):

@@ -58,7 +58,6 @@ class Plan:
 
     parts: dict[str, int]  # at the peak; they sum to `training`
     training: int  # peak of a micro-batch and the optimizer's step
-    host: int  # in the host's memory, under cpu_offload
     resident: int  # what stays while vLLM works: parameters and optimizer
     vllm_least: int  # vLLM's weights and the cache of one longest sequence
     vllm_cache: int  # the cache's part of it
@@ -156,12 +155,6 @@ def trace(config: Config, gpus: int) -> Plan:
         raise UserError(f"{config.model} cannot be traced in {config.dtype}: {one_line(problem)}") from None
     finally:
         dist.destroy_process_group()
-    host = 0
-    if config.cpu_offload:
-        moved = sum(int(peak.pop(kind)) for kind in ("Sharded Param", "Sharded Grad"))
-        peak["Total"] -= moved
-        host = moved + optimizer
-        optimizer = 0
     total = peak.pop("Total") + optimizer
     parts = {part: sum(int(peak.get(kind, 0)) for kind in kinds) for part, kinds in PARTS.items()}
     width = 2 if config.dtype == "bfloat16" else 4
@@ -169,7 +162,7 @@ def trace(config: Config, gpus: int) -> Plan:
     parts |= {"optimizer": optimizer, "logits chunk": width * logits}
     parts["activations, rest"] = total - sum(parts.values())
     resident = parts["parameters"] + optimizer
-    return Plan(parts, total, host, resident, *vllm_bytes(config, model), len(model.layers), 0)
+    return Plan(parts, total, resident, *vllm_bytes(config, model), len(model.layers), 0)
 
 
 def vllm_bytes(config: Config, model: TappedModel) -> tuple[int, int]:
@@ -207,7 +200,7 @@ def verdict(card: int, found: Plan, config: Config) -> str:
 def fix(found: Plan, config: Config, room: float) -> str:
     """Name the field whose part is too large."""
     if found.parts["parameters"] + found.parts["gradients"] + found.parts["optimizer"] > 0.9 * room:
-        return "more GPUs, lora_rank, or cpu_offload"
+        return "more GPUs, or lora_rank"
     if recomputed(config, found.layers) < found.layers:
         return 'recompute_layers = "all"'
     if found.parts["logits chunk"] > found.parts["activations, rest"]:
@@ -229,8 +222,6 @@ def report(name: str, config: Config, words: str) -> str:
     start = time.monotonic()
     found = plan(config, gpus)
     rows = found.parts | {"peak of training": found.training}
-    if found.host:
-        rows["on the host"] = found.host
     title = f"{name}: {config.model}, {config.dtype}, GPUs: {words}"
     lines = [f"{title}; GB (10^9 bytes) per GPU, planned, not measured"]
     lines += [f"  {part:18} {size / GB:7.2f}" for part, size in rows.items()]

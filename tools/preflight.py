@@ -258,8 +258,8 @@ def stage_export(options):
 def stage_one_step(options):
     name = options.stage
     vllm = oisd.load_config(options.words)[1].sampler == "vllm"
-    if not {"offload": CUDA, "tensor_parallel": vllm}.get(name, True):
-        yield f"{name}, one step", None, "needs a GPU" if name == "offload" else "needs vLLM"
+    if name == "tensor_parallel" and not vllm:
+        yield f"{name}, one step", None, "needs vLLM"
         return
     folder = Path(options.folder) / name
     code = oisd.main([*options.words, *ONE_STEP[name].split(), "--num_steps=1", f"--output_dir={folder}"])
@@ -272,10 +272,10 @@ def stage_one_step(options):
 
 
 STAGES = ["machine", "attention", "lens", "plan", "run", "resume", "resume again", "export"]
-STAGES += ["lora", "offload", "tensor_parallel"]
+STAGES += ["lora", "tensor_parallel"]
 ALONE = ("machine", "attention", "lens", "plan", "export")  # in one process; the others in all
 TWO = ("tensor_parallel",)  # left out without two ranks
-ONE_STEP = {"lora": "--lora_rank 8", "offload": "--cpu_offload true", "tensor_parallel": "--tensor_parallel 2"}
+ONE_STEP = {"lora": "--lora_rank 8", "tensor_parallel": "--tensor_parallel 2"}
 
 
 # ---- All of them ---------------------------------------------------------------------------------------------------
