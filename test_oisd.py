@@ -325,44 +325,6 @@ def test_the_attention_gradient_is_the_closed_form(advantage):
     assert teacher.query.grad is None and teacher.key.grad is None
 
 
-def slopes(function, x, h=1e-5):
-    """Central differences: -> (*shape of the result, *shape of x)."""
-    columns = []
-    for index in range(x.numel()):
-        step = torch.zeros_like(x)
-        step.view(-1)[index] = h
-        columns.append((function(x + step) - function(x - step)) / (2 * h))
-    return torch.stack(columns, dim=-1).unflatten(-1, x.shape)
-
-
-FINITE = {"rtol": 1e-7, "atol": 1e-9}
-
-
-@torch.no_grad()
-def test_each_derivative_of_the_think_loss_by_finite_differences(float64):
-    """A.3.1, line by line: by p, of the softmax, by z, and through the lens by h."""
-    torch.manual_seed(6)
-    tau, A = 3.0, torch.tensor([-0.6])
-    tapped = oisd.TappedModel(exact_model(), CONFIG)
-    h, q = torch.randn(32), torch.randn(61).softmax(-1)
-    z = tapped.lens(h)
-    p = (z / tau).softmax(-1)
-    g = (2 * p / (p + q)).log() / 2  # 1/2 log(p/m)
-    jacobian = (p.diag() - p.outer(p)) / tau
-    by_z = A / tau * p * (g - p @ g)
-
-    def loss(z):
-        js = oisd.js_divergence(z[None], tau * q.log()[None], tau)
-        return oisd.internal_loss_sum(js, A, torch.ones(1), CONFIG)
-
-    torch.testing.assert_close(slopes(lambda p: js_by_hand(p, q), p, h=1e-6), g, **FINITE)
-    torch.testing.assert_close(slopes(lambda z: (z / tau).softmax(-1), z), jacobian, **FINITE)
-    torch.testing.assert_close(A * (jacobian.T @ g), by_z, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(slopes(loss, z), by_z, **FINITE)
-    by_h = slopes(tapped.lens_hidden, h).T @ tapped.head.T @ by_z  # J_LN^T E_u^T dL/dz
-    torch.testing.assert_close(slopes(lambda h: loss(tapped.lens(h)), h), by_h, **FINITE)
-
-
 def test_no_gradient_reaches_the_teacher():
     """With every ratio clipped, only the internal losses train: layers up to the student's."""
     config = with_config(attention_weight=1.0, lens_grad="hidden", clip_low=0.0, clip_high=0.0)
@@ -542,17 +504,8 @@ def test_sampled_keys_are_a_window_and_evenly_spaced_keys_before_it(window, stri
     keys, valid = oisd.sample_attention_keys(torch.arange(200), window, strided)
     for position in range(200):
         chosen = keys[position][valid[position]].tolist()
-        assert chosen == sorted(set(chosen)) == keys_by_hand(position, window, strided)
-        local_start = max(0, position + 1 - window)
-        assert [key for key in chosen if key >= local_start] == list(
-            range(local_start, position + 1)
-        )
-        far = [key for key in chosen if key < local_start]
-        assert len(far) <= strided and bool(far) == (local_start > 0 and strided > 0)
-        assert len({b - a for a, b in itertools.pairwise(far)}) <= 1
-        assert not far or (
-            far[0] == 0 and local_start - far[-1] <= math.ceil(local_start / strided)
-        )
+        assert chosen == keys_by_hand(position, window, strided)
+        assert len(chosen) <= window + strided
     assert oisd.sample_attention_keys(torch.tensor([9]), 3, 2)[0].tolist() == [[0, 4, 7, 8, 9]]
 
 
@@ -560,32 +513,6 @@ def test_sampled_decoding_steps_are_even_and_unique():
     assert oisd.sample_attention_steps(3, 64) == [0, 1, 2]
     steps = oisd.sample_attention_steps(1000, 64)
     assert len(steps) == 64 and {b - a for a, b in itertools.pairwise(steps)} == {15, 16}
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sampled_attention_is_the_renormalized_full_attention(family, attention):
-    """Of each rollout alone through Transformers' eager attention, by layer, head and step."""
-    rollouts, config = random_rollouts(3), with_config(attention_steps=100)
-    reference = random_model(family, attention="eager")
-    tapped = oisd.TappedModel(random_model(family, attention=attention), config)
-    batch = oisd.pack(rollouts, config)
-    tapped.hidden_states(batch)
-    positions = batch.position_ids[0, batch.queries]
-    keys, valid = oisd.sample_attention_keys(positions, 4, 3)
-    keys = keys + (batch.queries - positions)[:, None]
-    for layer in (2, 4):
-        scores = oisd.attention_scores(tapped.taps[layer - 1], batch.queries, keys, valid)
-        sampled = zip(scores.softmax(-1), valid)
-        for rollout in rollouts:
-            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-            output = reference(input_ids=ids, output_attentions=True, use_cache=False)
-            for query in range(len(rollout.prompt_ids) - 1, rollout.length - 1):
-                full = output.attentions[layer - 1][0, :, query, keys_by_hand(query, 4, 3)]
-                mine, seen = next(sampled)
-                torch.testing.assert_close(
-                    mine[:, seen], full / full.sum(-1, keepdim=True), **SINGLE
-                )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

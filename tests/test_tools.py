@@ -112,25 +112,27 @@ def test_layers_that_are_not_recomputed_are_planned(planned):
 def bench_rows(path, *words):
     command = [sys.executable, "tools/bench.py", *words, "--repeats", "1", "--csv", str(path)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0 and "FAILED" not in process.stdout, process.stdout + process.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     return {row[0]: row[1:] for row in csv.reader(path.read_text().splitlines())}
 
 
 def test_every_side_computes_the_same_loss(tmp_path):
     words = "lens --tokens 64 --hidden 32 --vocabulary 500 --only ours,dense".split()
     rows = bench_rows(tmp_path / "lens.csv", *words)
-    ours, dense = ([float(part.split()[1]) for part in rows[side][-1].split(",")] for side in ("ours", "dense"))
-    assert len(ours) == 2 and ours == pytest.approx(dense, rel=1e-4)
+    ours, dense = ([float(number) for number in rows[side][-2:]] for side in ("ours", "dense"))
+    assert rows["lens"][-2:] == ["loss", "gradient"] and ours == pytest.approx(dense, rel=1e-4)
 
 
 def test_preflight_goes_on_after_a_stage_that_fails(tmp_path):
-    """The run to be resumed fails: one FAIL, one row left out, and the report has both."""
+    """The run to be resumed fails: one FAIL with its message, one row left out, and the report has both."""
     words = f"tools/preflight.py --only resume --ranks 1 --report {tmp_path}/report.md --folder {tmp_path}/folder"
     command = [sys.executable, *words.split(), "--train_data", "nowhere.jsonl"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     report = (tmp_path / "report.md").read_text()
     assert process.returncode == 1 and report.count("FAIL") == 1, process.stdout + process.stderr
-    assert "| resume again | left out |" in report and "1 failed: two steps and an export" in report
+    assert "| resume | FAIL | ended with 2: oisd: error: dataset 'nowhere.jsonl'" in report
+    assert "| resume again | left out |" in report and "1 failed: resume" in report
+    assert process.stdout == report
 
 
 def test_solutions_are_joined_by_question(tmp_path, capsys):

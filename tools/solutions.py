@@ -15,41 +15,15 @@ from support.problems import column, read_dataset
 from support.run_folder import write_atomically
 from support.settings import UserError
 
-FIELDS = "r1_solution_1", "r1_solution_2", "r1_solution_3"
 
-
-def normal(question: str) -> str:
-    return " ".join(question.split())
-
-
-def solution_of(row: dict) -> str:
+def solution_of(row: dict, source: str) -> str:
     """Return what follows `</think>` in the first complete solution, or "" if there is none."""
-    for text in (row.get(field) or "" for field in FIELDS):
-        thoughts, ended, answer = text.rpartition("</think>")
-        if answer.strip() and (ended or "<think>" not in thoughts + answer):
-            return answer.strip()
+    for name in ("r1_solution_1", "r1_solution_2", "r1_solution_3"):
+        text = column(row, name, source) or ""
+        answer = text.rpartition("</think>")[2].strip()
+        if answer and "<think>" not in answer:
+            return answer
     return ""
-
-
-def join(problems: str, solutions: str) -> tuple[list[dict], int]:
-    """Find solutions: -> the problems that have one, in their order, and the number of all. Raises: UserError."""
-    rows = read_dataset(problems)
-    wanted = {normal(column(row, "question", problems)) for row in rows}
-    dataset = read_dataset(solutions)
-    column(dataset[0], FIELDS[0], solutions)  # another kind of dataset is an error, not 0 of 5,000
-    known = {}
-    for row in dataset:
-        question = normal(column(row, "question", solutions))
-        if question in wanted and not known.get(question):
-            known[question] = solution_of(row)
-    found = []
-    for row in rows:
-        if solution := known.get(normal(row["question"])):
-            entry = {field: column(row, field, problems) for field in ("prompt", "reward_model")}
-            found.append(entry | {"solution": solution})
-    if not found:
-        raise UserError(f"{solutions} solves none of the {len(rows)} problems of {problems}")
-    return found, len(rows)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -58,13 +32,23 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--problems", default="https://github.com/Trae1ounG/BuPO/raw/main/data/deepmath-5k.parquet")
     parser.add_argument("--solutions", default="zwhe99/DeepMath-103K")
     options = parser.parse_args(words)
+    lines, known = [], {}
     try:
-        found, count = join(options.problems, options.solutions)
+        problems = read_dataset(options.problems)
+        for row in read_dataset(options.solutions):
+            question = " ".join(column(row, "question", options.solutions).split())  # white space does not count
+            known[question] = known.get(question) or solution_of(row, options.solutions)
+        for row in problems:
+            question = " ".join(column(row, "question", options.problems).split())
+            if solution := known.get(question):
+                lines.append(json.dumps(row | {"solution": solution}, ensure_ascii=False) + "\n")
+        if not lines:
+            raise UserError(f"{options.solutions} solves none of the {len(problems)} problems of {options.problems}")
     except UserError as problem:
         print(f"solutions: error: {problem}", file=sys.stderr)
         return 2
-    write_atomically(options.output, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in found))
-    print(f"{len(found)} of {count} problems have a solution -> {options.output}")
+    write_atomically(options.output, "".join(lines))
+    print(f"{len(lines)} of {len(problems)} problems have a solution -> {options.output}")
     return 0
 
 
