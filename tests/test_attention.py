@@ -5,66 +5,55 @@ import itertools
 import oisd
 import pytest
 import torch
+import torch.nn.functional as F
 from support import packed_attention, processes
-from test_oisd import CONFIG, random_model, random_rollouts, with_config
+from test_oisd import CONFIG, random_model, random_rollouts
 
 
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **gqa):
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """Stand in for PyTorch's kernel, which needs CUDA, as its documentation says."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert max_q == max_k == cu_seq_q.diff().max()
-    assert gqa in ({}, {"enable_gqa": query.shape[1] != key.shape[1]})
     outputs = []
     for start, end in itertools.pairwise(cu_seq_q.tolist()):
-        rows = (x[start:end] for x in (query, key, value))
-        q, k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in rows)
+        rows = (x[start:end].transpose(0, 1) for x in (query, key, value))
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        unseen = (distance < 0) | ((distance > window_size[0]) & (window_size[0] >= 0))
-        scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(unseen, -torch.inf)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        output = F.scaled_dot_product_attention(*rows, seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(output.transpose(0, 1))
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("family,window", [("qwen3", None), ("mistral", None), ("mistral", 7)])
-def test_varlen_gets_the_borders_heads_and_window(monkeypatch, family, window):
+@pytest.mark.parametrize("family,shape", [("qwen3", {}), ("mistral", {"sliding_window": 7})])
+def test_varlen_gets_the_borders_heads_and_window(monkeypatch, family, shape):
     """Hidden states and gradients with the stand-in, against each rollout alone by sdpa."""
     monkeypatch.setattr(packed_attention.varlen, "varlen_attn", varlen_attn)
     rollouts = random_rollouts(5)
-    shape = {"sliding_window": window} if family == "mistral" else {}
     packed, plain = (random_model(family, attention=name, **shape) for name in ("varlen", "sdpa"))
-    alone = []
-    for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        hidden = plain.get_decoder()(input_ids=ids).last_hidden_state[0]
-        alone.append(hidden[len(rollout.prompt_ids) - 1 : -1])
-    expected = torch.cat(alone)
+    rows = [torch.tensor([rollout.prompt_ids + rollout.response_ids]) for rollout in rollouts]
+    expected = torch.cat([plain.get_decoder()(input_ids=row).last_hidden_state[0] for row in rows])
     tapped = oisd.TappedModel(packed, CONFIG)
-    batch = oisd.pack(rollouts, CONFIG)
-    seen = tapped.hidden_states(batch)[batch.predicted - 1]
+    seen = tapped.hidden_states(oisd.pack(rollouts, CONFIG))
     torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-10)
     weight = torch.randn_like(seen)
     theirs = torch.autograd.grad((expected * weight).sum(), [*plain.get_decoder().parameters()])
     ours = torch.autograd.grad((seen * weight).sum(), [*packed.get_decoder().parameters()])
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    if not window:
+    if not shape:
         oisd.check(tapped)  # rows that are not packed, as in generation, take another path
 
 
 def test_varlen_gets_one_dtype_and_only_what_it_knows(monkeypatch):
     """Outside FSDP a float32 norm leaves query and key float32; torch 2.11 has no `enable_gqa`."""
-    seen = []
 
     def older(*rows_and_borders, scale, window_size):
-        seen.append({rows.dtype for rows in rows_and_borders[:3]})
-        return varlen_attn(*rows_and_borders, scale=scale, window_size=window_size)
+        assert {rows.dtype for rows in rows_and_borders[:3]} == {torch.bfloat16}
+        return rows_and_borders[2]
 
     monkeypatch.setattr(packed_attention.varlen, "varlen_attn", older)
-    config, scores = with_config(dtype="bfloat16"), []
-    for kernel in ("varlen", "sdpa"):
-        tapped = oisd.TappedModel(random_model(attention=kernel, dtype=torch.float32), config)
-        scores.append(tapped(tapped.response_logprobs, oisd.pack(random_rollouts(3), config)))
-    assert seen == [{torch.bfloat16}] * 4
-    assert (scores[0] - scores[1]).abs().mean() < 0.1  # the error of bfloat16 itself
+    query, key, value = torch.randn(3, 1, 4, 9, 8)
+    output = packed_attention.flash(query, key, value.bfloat16(), None, 9)
+    assert torch.equal(output[0].transpose(0, 1), value[0].bfloat16())
 
 
 def test_batches_are_few_full_and_equally_many_for_each_rank():

@@ -1,10 +1,8 @@
-"""The other rows of the paper's tables: estimators, PPO, OPSD, BuPO, and every table of configs.toml as a run."""
+"""The other rows of the paper's tables: estimators, PPO, OPSD and BuPO. Their runs are in `test_processes.py`."""
 
 import dataclasses
 import itertools
-import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import oisd
@@ -13,30 +11,14 @@ import torch
 from baselines import bupo, estimators, opsd, ppo
 from support import problems
 from support.settings import UserError
-from test_oisd import CONFIG, random_model, random_rollouts
+from test_oisd import CONFIG, random_model, random_rollouts, run_of
 
-from conftest import assert_same_run, read_metrics, toy_arguments
-from test_processes import run_by_two_ranks
+from conftest import read_lines, toy_arguments
 
-MODULES = {"_rloo": estimators, "_reinforce_pp": estimators, "_ppo": ppo, "_bupo": bupo, "_opsd": opsd}
+PROGRAMS = {"_rloo": estimators, "_reinforce_pp": estimators, "_ppo": ppo, "_bupo": bupo, "_opsd": opsd}
 WEIGHTS = {"": (1, 0.1), "_grpo": (0, 0), "_think": (1, 0), "_attention": (0, 0.1), "_think_half": (0.5, 0)}
 WEIGHTS |= {"_think_double": (2, 0), "_rloo": (0, 0), "_reinforce_pp": (0, 0), "_ppo": (0, 0), "_bupo": (0, 0)}
 WEIGHTS |= {"_opsd": (1, 0)}  # of L_think and L_attn, by row of the paper's tables
-RUNS = ("", "_rloo", "_ppo", "_bupo", "_opsd")  # one for each program
-ABOVE = ("layers.2", "layers.3", "model.norm")  # of the tests' inner layer, without norm
-
-
-def method_of(row):
-    return MODULES[row].METHOD if row in MODULES else oisd.Method()
-
-
-def row_words(row, toy, folder):
-    """Write the command line of a row on the toy."""
-    changes = {"max_tokens_per_gpu": 128, "attention_steps": 4, "num_steps": 2, "checkpoint_every": 1}
-    changes["think_weight"], changes["attention_weight"] = WEIGHTS[row]
-    if row == "_bupo":
-        changes["policy_layer_steps"] = 1  # the second step is GRPO's
-    return [*toy_arguments(toy, folder, **changes), f"--config=configs.toml:tiny{row}"]
 
 
 def of_kind(kind, **changes):
@@ -44,8 +26,12 @@ def of_kind(kind, **changes):
     return kind(**dataclasses.asdict(CONFIG) | {"think_weight": 0.0, "attention_weight": 0.0} | changes)
 
 
+def gradients_of(model):
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def test_advantages_of_rloo_and_reinforce_pp():
-    """Of ten tokens, three have the reward 1. RLOO compares within groups of three, and is exactly 0 if they agree."""
+    """Of ten tokens, three have the reward 1. RLOO compares within groups of three."""
     scale = math.sqrt(2.1 / 9 + 1e-8)
     expected = {"rloo": [1, -0.5, -0.5, 0, 0, 0], "reinforce_pp": [0.7 / scale] + [-0.3 / scale] * 5}
     for estimator in expected:
@@ -54,7 +40,6 @@ def test_advantages_of_rloo_and_reinforce_pp():
         rollouts[0].reward = 1.0
         estimators.set_advantages(SimpleNamespace(config=config), rollouts)
         assert [rollout.advantage for rollout in rollouts] == pytest.approx(expected[estimator])
-    assert not estimators.leave_one_out_advantages(torch.full((6,), 0.1), 3).any()
 
 
 def test_gae_is_the_double_sum():
@@ -78,27 +63,23 @@ def test_a_value_gains_nothing_far_from_its_old_one():
     assert loss.item() == (1 + 1.5**2 + 0.5**2 + 1) / 2 and values.grad.tolist() == [-1, 0, 0.5, -1]
 
 
-def test_the_critic_learns_a_known_value():
-    """Responses that begin with token 3 get the reward 1, and those with 4 get 0."""
-    config = of_kind(ppo.PpoConfig, learning_rate=1e-3, max_logprob_gap=1e9)
-    model = ppo.ActorCritic(random_model(dtype=torch.float32), config)
-    optimizer = torch.optim.AdamW(model.parameter_groups(), lr=config.learning_rate)
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
-    run = SimpleNamespace(config=config, model=model, optimizer=optimizer, accelerator=accelerator)
+def test_the_critic_learns_a_known_value(monkeypatch):
+    """Responses that begin with token 3 get the reward 1, and those with 4 get 0. Only the critic learns."""
+    config = of_kind(ppo.PpoConfig, learning_rate=1e-3, policy_weight=0.0)
+    monkeypatch.setattr(oisd, "TappedModel", ppo.ActorCritic)
+    run = run_of(random_model(dtype=torch.float32), config)
+    run.optimizer = torch.optim.AdamW(run.model.parameter_groups(), lr=config.learning_rate)
     rollouts = [oisd.Rollout([1, 2], [3 + i % 2, 5 + i, 7], [0.0] * 3, "stop", reward=1.0 - i % 2) for i in range(8)]
     for _ in range(60):
-        oisd.set_old_logprobs(run, rollouts)
         ppo.set_advantages(run, rollouts)
         advantages = torch.cat([rollout.advantage for rollout in rollouts])
         assert abs(advantages.mean()) < 1e-5 and abs(advantages.std() - 1) < 1e-4  # whitened over the step
-        for rollout in rollouts:
-            rollout.advantage = torch.zeros(3)  # only the critic learns
         oisd.accumulate_gradients(run, rollouts, 1000)
         policy_norm, critic_norm = oisd.clip_gradients(run)  # apart from each other
         assert policy_norm == 0 < critic_norm
-        optimizer.step()
-        optimizer.zero_grad()
-    for index, values in enumerate(oisd.token_values(run, rollouts, model.values)):
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    for index, values in enumerate(oisd.token_values(run, rollouts, run.model.values)):
         expected = torch.tensor([0.5, 1 - index % 2, 1 - index % 2])  # the mean, until the token is read
         assert (values - expected).abs().max() < 0.1, values
 
@@ -125,20 +106,17 @@ def test_opsd_is_the_dense_js_to_the_model_that_sees_the_solution(clip):
         loss = loss + (terms.clamp(max=clip) if clip else terms).sum()
     assert sums.metrics["think_js"][0].item() == pytest.approx(loss.item(), rel=1e-5)
     (0.5 * loss).backward()
-    for mine, other in zip(model.parameters(), dense.parameters()):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradients_of(model), gradients_of(dense), rtol=1e-3, atol=1e-6)
 
 
 def test_only_the_teachers_prompt_has_the_solution(toy):
-    words = [*row_words("_opsd", toy, "unused"), "--max_teacher_tokens=11"]
-    _, config = oisd.load_config(words, opsd.OpsdConfig)
+    changes = {"config": "configs.toml:tiny_opsd", "attention_weight": 0, "max_teacher_tokens": 11}
+    _, config = oisd.load_config(toy_arguments(toy, "unused", **changes), opsd.OpsdConfig)
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
     taught, _ = opsd.load_problems(config.train_data, tokenizer, config)
     rollouts = [oisd.Rollout(problem.prompt_ids, [5], [0.0], "stop", row=problem.row) for problem in taught]
     opsd.before_updates(SimpleNamespace(problems=taught), rollouts)
-    rows = [json.loads(line) for line in (toy / "train.jsonl").open()]
-    assert len(rollouts) == len(rows)
-    for rollout, row in zip(rollouts, rows):
+    for rollout, row in zip(rollouts, read_lines(toy / "train.jsonl"), strict=True):
         shown, taught = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.notes["teacher_ids"]))
         assert shown == f"<user>{row['question']}<assistant>"
         assert taught == f"<user>{row['question']}={row['solution']}<assistant>"
@@ -160,17 +138,11 @@ def test_bupo_is_grpo_of_the_inner_policy():
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         hidden = dense(ids, output_hidden_states=True).hidden_states[config.student_layer]
         logits = dense.lm_head(hidden)[0, len(rollout.prompt_ids) - 1 : -1]
-        logprobs.append(logits.log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0])
+        logprobs.append(logits.log_softmax(-1)[range(len(logits)), rollout.response_ids])
     logprobs = torch.cat(logprobs)
     torch.testing.assert_close(tapped(tapped.inner_logprobs, batch).double(), logprobs.detach(), rtol=1e-4, atol=1e-5)
     oisd.policy_loss_sum(logprobs, batch.old_logprobs, batch.advantages, config).backward()
-    for (name, mine), other in zip(model.named_parameters(), dense.parameters()):
-        assert (mine.grad is None) == (other.grad is None) == any(part in name for part in ABOVE), name
-        if mine.grad is not None:
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-5)
-
-
-def test_bupo_trains_no_internal_loss():
+    torch.testing.assert_close(gradients_of(model), gradients_of(dense), rtol=1e-3, atol=1e-5)
     with pytest.raises(UserError, match="set both to 0"):
         of_kind(bupo.BupoConfig, think_weight=1.0)
 
@@ -179,25 +151,10 @@ def test_the_tables_are_the_papers_rows():
     rows = [("qwen3_4b", row) for row in WEIGHTS]
     rows += itertools.product(("qwen3_8b", "octothinker_3b", "octothinker_8b"), ("", "_grpo", "_bupo"))
     for model, row in rows:
-        _, config = oisd.load_config([f"--config=configs.toml:{model}{row}"], method_of(row).config)
+        kind = PROGRAMS[row].METHOD.config if row in PROGRAMS else oisd.Config
+        _, config = oisd.load_config([f"--config=configs.toml:{model}{row}"], kind)
         assert (config.think_weight, config.attention_weight) == WEIGHTS[row]
         assert config.lens_norm == (row != "_bupo")
         assert getattr(config, "estimator", row[1:]) == row[1:] and getattr(config, "js_clip", 0.05) == 0.05
         sizes = (config.prompts_per_step, config.group_size, config.num_steps, config.learning_rate)
         assert sizes == (128, 8, 300, 1e-6)
-
-
-def test_two_ranks_and_a_resumed_run_are_one_run(toy, tmp_path):
-    """Compare two steps by one process, by two, and by one that resumes after the first step."""
-    run_by_two_ranks([(MODULES.get(row, oisd).__name__, row_words(row, toy, tmp_path / f"two{row}")) for row in RUNS])
-    for row in RUNS:
-        whole, parted = tmp_path / f"whole{row}", tmp_path / f"parted{row}"
-        assert oisd.main(row_words(row, toy, whole), method_of(row)) == 0
-        metrics = read_metrics(whole)
-        assert all(0 < m["reward"] < 1 and m["grad_norm"] > 0 for m in metrics)
-        assert ["think_js" in m for m in metrics] == [row != "_bupo", True]  # it reads no lens in its first phase
-        shutil.copytree(whole, parted)
-        shutil.rmtree(parted / "checkpoints" / "step_000002")
-        assert oisd.main(["--resume", str(parted)], method_of(row)) == 0
-        assert_same_run(whole, parted)
-        assert_same_run(whole, tmp_path / f"two{row}")

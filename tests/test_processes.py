@@ -10,16 +10,26 @@ import time
 
 import oisd
 import pytest
+from baselines import bupo, estimators, opsd, ppo
 
-from conftest import ROOT, assert_same_run, launch, needs_vectors, needs_vllm, read_metrics, toy_arguments
+from conftest import ROOT, assert_same_run, launch, needs_vectors, needs_vllm, output_of, read_metrics, toy_arguments
 from test_vllm import run_probe
 
 TWO_RANKS = """
 import importlib, json, sys
+import oisd, torch
 from accelerate import Accelerator
-import oisd
 from support import processes
 Accelerator.end_training = lambda self: None  # the group serves all runs
+train = oisd.train
+def watched(run):
+    parameters = list(run.model.parameters())
+    assert sum(p.to_local().numel() for p in parameters) < 0.51 * sum(p.numel() for p in parameters)
+    def look(layer, inputs, output):
+        assert output.dtype == getattr(torch, run.config.dtype), output.dtype
+    run.model.layers[0].register_forward_hook(look)
+    train(run)
+oisd.train = watched
 for module, words in json.loads(sys.argv[1]):
     method = getattr(importlib.import_module(module), "METHOD", oisd.Method())
     assert oisd.main(words, method) == 0, words
@@ -28,24 +38,24 @@ processes.program(lambda: 0)
 # 3 prompts for two ranks, 3 rollouts per update in 4 micro-batches, 7 held-out problems in batches of 2
 UNEQUAL = {"prompts_per_step": 3, "mini_batch_prompts": 1, "group_size": 3, "sampler_batch": 2}
 UNEQUAL |= {"max_prompt_tokens": 5, "max_tokens_per_gpu": 13}
-RUNS = {  # name: toy, settings
-    "tied": ("toy", {}),
-    "untied": ("untied_toy", {"internal_mean": "token", "recompute_layers": "all"}),
-    "unequal": ("toy", UNEQUAL),
-    "adapters": ("toy", {"lora_rank": 4, "learning_rate": 1e-2}),
+BFLOAT16 = {"dtype": "bfloat16", "clip_low": 0, "clip_high": 0, "mini_batch_prompts": 4}
+BASELINE = {"think_weight": 0, "attention_weight": 0, "max_tokens_per_gpu": 128}
+BUPO = {"config": "configs.toml:tiny_bupo", "policy_layer_steps": 2}  # then it is GRPO
+OPSD = {"config": "configs.toml:tiny_opsd", "think_weight": 1}
+RUNS = {  # name: program, toy, settings
+    "tied": (oisd, "toy", {}),
+    "untied": (oisd, "untied_toy", {"internal_mean": "token", "recompute_layers": "all"}),
+    "unequal": (oisd, "toy", UNEQUAL),
+    "adapters": (oisd, "toy", {"lora_rank": 4, "learning_rate": 1e-2}),
+    "rloo": (estimators, "toy", BASELINE | {"config": "configs.toml:tiny_rloo"}),
+    "ppo": (ppo, "toy", BASELINE | {"config": "configs.toml:tiny_ppo"}),
+    "bupo": (bupo, "toy", BASELINE | BUPO),
+    "opsd": (opsd, "toy", BASELINE | OPSD),
 }
 
 
-def output_of(process):
-    """Wait for a process that must succeed."""
-    shown = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, shown
-    return shown
-
-
-def run_by_two_ranks(runs):
-    """Run command lines of `oisd` or of a module with a METHOD, one after the other: [(module, words), ...]."""
-    output_of(launch(TWO_RANKS, json.dumps(runs)))
+def method_of(program):
+    return getattr(program, "METHOD", oisd.Method())
 
 
 def without_last_checkpoint(source, target):
@@ -59,26 +69,38 @@ def one_and_two(request, tmp_path_factory):
     """Make each of RUNS with one process and with two: -> a folder with `1 NAME` and `2 NAME` for each."""
     folder = tmp_path_factory.mktemp("ranks")
     runs = []
-    for name, (toy, changes) in RUNS.items():
+    for name, (program, toy, changes) in RUNS.items():
         toy = request.getfixturevalue(toy)
-        runs.append(("oisd", toy_arguments(toy, folder / f"2 {name}", **changes)))
-        assert oisd.main(toy_arguments(toy, folder / f"1 {name}", **changes)) == 0
+        runs.append((program.__name__, toy_arguments(toy, folder / f"2 {name}", **changes)))
+        assert oisd.main(toy_arguments(toy, folder / f"1 {name}", **changes), method_of(program)) == 0
     parted = without_last_checkpoint(folder / "1 tied", folder / "2 after 1")
-    run_by_two_ranks([*runs, ("oisd", ["--resume", str(parted)])])
+    runs.append(("oisd", ["--resume", str(parted)]))
+    runs.append(("oisd", toy_arguments(request.getfixturevalue("toy"), folder / "bfloat16", **BFLOAT16)))
+    output_of(launch(TWO_RANKS, json.dumps(runs)))
     return folder
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_are_one(one_and_two, name):
-    """Compare rollouts, every metric and the weights after four steps of two updates each."""
-    assert_same_run(one_and_two / f"1 {name}", one_and_two / f"2 {name}")
+def test_two_ranks_are_one(one_and_two, name, tmp_path):
+    """Compare metrics and weights of four steps by one process, by two, and by one that continues what two began."""
+    one, two = one_and_two / f"1 {name}", one_and_two / f"2 {name}"
+    assert_same_run(one, two)
+    parted = without_last_checkpoint(two, tmp_path / "parted")
+    assert oisd.main(["--resume", str(parted)], method_of(RUNS[name][0])) == 0
+    assert_same_run(two, parted)
+    # BuPO reads no lens in its first phase
+    assert ["think_js" in row for row in read_metrics(one)] == [name != "bupo"] * 2 + [True] * 2
 
 
-def test_saved_by_two_resumed_by_one_and_the_reverse(one_and_two, tmp_path):
+def test_saved_by_one_resumed_by_two(one_and_two):
     assert_same_run(one_and_two / "1 tied", one_and_two / "2 after 1")
-    parted = without_last_checkpoint(one_and_two / "2 tied", tmp_path / "1 after 2")
-    assert oisd.main(["--resume", str(parted)]) == 0
-    assert_same_run(one_and_two / "2 tied", parted)
+
+
+def test_bfloat16_ratios_are_exactly_1(one_and_two):
+    """A clip of width 0 would count any other. Old log-probs stay float32, while layers run in bfloat16."""
+    rows = read_metrics(one_and_two / "bfloat16")
+    assert all(row["zero_std_fraction"] < 1 for row in rows)
+    assert not any(row["clip_fraction"] for row in rows)
 
 
 GROUP_OF_ONE = """
@@ -91,41 +113,8 @@ sys.exit(oisd.main(sys.argv[1:]))
 def test_one_sharded_process_is_a_plain_one(toy, one_and_two, tmp_path):
     """A single GPU runs this way."""
     command = [sys.executable, "-c", GROUP_OF_ONE, *toy_arguments(toy, tmp_path / "run")]
-    output_of(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT))
+    subprocess.run(command, check=True, cwd=ROOT)
     assert_same_run(one_and_two / "1 tied", tmp_path / "run")
-
-
-SHARDED = """
-import sys, torch, oisd
-from support import processes
-from torch.distributed.tensor import DTensor
-run = oisd.prepare(*oisd.load_config(sys.argv[1:]))
-parameters = list(run.model.parameters())
-assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in parameters)
-assert sum(p.to_local().numel() for p in parameters) < 0.51 * sum(p.numel() for p in parameters)
-rollouts = oisd.sample_rollouts(run, run.problems[:4], 2, "train", 0)
-oisd.set_old_logprobs(run, rollouts)
-for index, rollout in enumerate(rollouts):
-    rollout.advantage = (-1) ** index * (1 + 2**-12)  # bfloat16 cannot represent it
-seen = {"ratio": 0}
-policy_loss_sum = oisd.policy_loss_sum
-def look(logprobs, old, advantages, *rest):
-    seen["ratio"] = max(seen["ratio"], (logprobs - old).abs().max().item())
-    seen["advantage"] = advantages.abs().max().item()
-    return policy_loss_sum(logprobs, old, advantages, *rest)
-oisd.policy_loss_sum = look
-run.model.train()
-run.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.update(dtype=output.dtype))
-oisd.accumulate_gradients(run, rollouts, run.config.max_tokens_per_gpu)
-assert seen == {"ratio": 0, "advantage": 1 + 2**-12, "dtype": torch.bfloat16}, seen
-run.grader.close()
-processes.program(lambda: 0)
-"""
-
-
-def test_ranks_hold_half_each_and_bfloat16_ratios_are_exactly_1(toy, tmp_path):
-    """Old log-probs and advantages reach the losses in float32, while layers run in bfloat16."""
-    output_of(launch(SHARDED, *toy_arguments(toy, tmp_path / "run", dtype="bfloat16")))
 
 
 DYING = """
@@ -168,5 +157,4 @@ def test_two_ranks_with_an_engine_each(toy, tmp_path):
     shown = output_of(launch(ROOT / "oisd.py", *toy_arguments(toy, run, **changes)))
     assert "Failed to load weights" not in shown  # of the tied head, which has none of its own
     assert all(row["sampler_logprob_gap"] < 1e-3 for row in read_metrics(run))
-    shutil.copy(toy / "train.jsonl", run / "final")
     assert run_probe(run / "final", tmp_path)["loaded"] < 1e-3
