@@ -42,8 +42,7 @@ from support import models, problems, processes
 from support.grader import Grader, extract_boxed
 from support.processes import rank, world
 from support.run_folder import commit, open_folder, read_line, write_atomically
-from support.settings import Parser, UserError, derive_seed, one_line
-from support.types import Count, Share, Text
+from support.settings import Count, Parser, Share, Text, UserError, derive_seed, one_line
 
 KEY = ("benchmark", "row", "sample")  # fields that identify a sample
 
@@ -83,7 +82,7 @@ class Config(oisd.Config):
 
 SAMPLING = "sampler temperature max_response_tokens dtype thinking system_prompt seed".split()
 OPTIONS = [*Config.__annotations__, *SAMPLING, "chat_template", "question_field", "answer_field"]
-OPTIONS += "sampler_batch vllm_eager tensor_parallel grader_seconds grader_workers".split()
+OPTIONS += "sampler_batch vllm_eager grader_seconds grader_workers".split()
 
 # ---- Estimates ---------------------------------------------------------------------------------
 
@@ -215,12 +214,11 @@ def draw(config: Config, tasks: list, run: str, tokenizer: Tokenizer, folder: Pa
     else:
         model, _ = oisd.load_model(config)
         sampler = oisd.hf_sampler(config, model.to(device), end_ids, device)
-    engine, place = divmod(rank(), config.tensor_parallel)
-    tasks = tasks[engine :: world() // config.tensor_parallel]
+    tasks = tasks[rank() :: world()]
     seeds = [derive_seed(config.seed, "evaluate", *key) for key, _ in tasks]
     stream = sampler.stream([problem.prompt_ids for _, problem in tasks], seeds)
     stream = tqdm(stream, "drawing", len(tasks), disable=rank() > 0)
-    with (folder / f"samples-{engine}.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / f"samples-{rank()}.jsonl").open("a", encoding="utf-8") as file:
         for index, ids, _, finish in stream:
             key, problem = tasks[index]
             row = {"run": run, **dict(zip(KEY, key)), "seed": seeds[index]}
@@ -228,10 +226,9 @@ def draw(config: Config, tasks: list, run: str, tokenizer: Tokenizer, folder: Pa
             row["response"] = tokenizer.decode(ids, skip_special_tokens=True)
             row["finish"] = finish  # "length": truncated
             row["tokens"] = len(ids)  # with the end token
-            if place == 0:  # the other ranks of an engine draw the same samples
-                # The newline comes first, so that an incomplete line before it stays separate.
-                file.write("\n" + json.dumps(row, ensure_ascii=False))
-                file.flush()
+            # The newline comes first, so that an incomplete line before it stays separate.
+            file.write("\n" + json.dumps(row, ensure_ascii=False))
+            file.flush()
     return sampler
 
 
@@ -362,7 +359,7 @@ def evaluate(config: Config, grader: Grader) -> None:
     """Draw missing samples on all ranks, then grade and report on rank 0. Raises: UserError."""
     model_name = "_".join(Path(config.model).parts[-2:])
     folder = Path(config.output_dir or f"runs/eval_{model_name}")
-    accelerator = processes.make_accelerator(folder, 24 * 30, config.tensor_parallel)  # hours
+    accelerator = processes.make_accelerator(folder, 24 * 30)  # hours
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
     data, ask, wanted = {}, {}, {}
     with accelerator.main_process_first():  # the others find its download

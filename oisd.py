@@ -85,8 +85,18 @@ from support.hf_sampler import HfSampler, Sample
 from support.kernels import add_product, chunked_logits, lens_rows, log_ratios, product_dtype
 from support.problems import Problem
 from support.processes import TrainingError, from_rank_0, gather, rank, say, world
-from support.settings import UserError, derive_seed, load_settings
-from support.types import AboveOne, AtLeastOne, Count, NotNegative, Positive, Share, Text
+from support.settings import (
+    AboveOne,
+    AtLeastOne,
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    Text,
+    UserError,
+    derive_seed,
+    load_settings,
+)
 from support.vllm_engine import repack_tied_head, start_engine
 
 VERSION = "0.4"
@@ -127,7 +137,6 @@ class Config:
     importance_cap: NotNegative = 0.0  # truncate importance weights trainer/sampler; 0 disables
     sampler_batch: AtLeastOne = 256  # sequences that the hf sampler generates at once
     vllm_memory: Share | Literal["auto"] = "auto"  # vLLM's share of the GPU; "auto": all that fits
-    tensor_parallel: AtLeastOne = 1  # GPUs per vLLM engine; engines share the prompts
     vllm_eager: bool = False  # no CUDA graphs in vLLM; CPU engines are always eager
     # Policy
     num_steps: Count = 300  # steps of the run; each draws new rollouts
@@ -218,7 +227,7 @@ class Config:
 FREE_ON_RESUME = (
     "output_dir resume num_steps checkpoint_every checkpoints_kept rollouts_every eval_every "
     "tracker grader_seconds grader_workers max_tokens_per_gpu lens_chunk_tokens recompute_layers "
-    "sampler_batch vllm_memory vllm_eager max_logprob_gap tensor_parallel"
+    "sampler_batch vllm_memory vllm_eager max_logprob_gap"
 ).split()
 
 
@@ -277,14 +286,12 @@ class VllmSampler:
         self.device = device
         self.asleep = False
         self.ghost_bytes = 0
-        engines = world() // config.tensor_parallel
-        step_sequences = math.ceil(config.prompts_per_step / engines) * config.group_size
+        step_sequences = math.ceil(config.prompts_per_step / world()) * config.group_size
         self.engine, self.SamplingParams = start_engine(
             device,
             model=config.model,
             dtype=config.dtype,
             seed=config.seed,  # each request has its own
-            tensor_parallel_size=config.tensor_parallel,
             max_model_len=config.longest,
             # vLLM keeps a row of the vocabulary for each sequence. An evaluation has no steps.
             max_num_seqs=min(step_sequences, 1024) if sleeps else 1024,
@@ -393,20 +400,16 @@ def hf_sampler(
 def sample_rollouts(
     run: Run, problems: Sequence[Problem], copies: int, purpose: str, step: int
 ) -> list[Rollout]:
-    """Sample and grade `copies` rollouts per problem, split over engines; every rank gets them all.
+    """Sample and grade `copies` rollouts per problem, split over ranks; every rank gets them all.
 
     Draws follow from (seed, purpose, step, place); they do not depend on the number of ranks.
     """
-    config = run.config
-    engines = world() // config.tensor_parallel
-    mine = processes.split_evenly(len(problems), engines, rank() // config.tensor_parallel)
+    mine = processes.split_evenly(len(problems), world(), rank())
     repeated = [problems[index] for index in mine for _ in range(copies)]
     places = range(mine.start * copies, mine.stop * copies)
-    seeds = [derive_seed(config.seed, purpose, step, place) for place in places]
+    seeds = [derive_seed(run.config.seed, purpose, step, place) for place in places]
     samples = sorted(run.sampler.stream([problem.prompt_ids for problem in repeated], seeds))
     run.sampler.sleep()
-    if rank() % config.tensor_parallel:
-        return gather([])  # all ranks of an engine have the same responses; the first one reports
     texts = [run.tokenizer.decode(sample[1], skip_special_tokens=True) for sample in samples]
     rewards = run.grader.grade(texts, [problem.answer for problem in repeated])
     rollouts = [
@@ -1310,9 +1313,7 @@ def prepare(name: str, config: Config, method: Method = Method()) -> Run:
     if int(os.environ.get("RANK", 0)) == 0:  # there is no process group yet
         folder, lock = run_folder.open_folder(name, config.output_dir, bool(config.resume))
     try:
-        accelerator = processes.make_accelerator(
-            folder or Path("runs"), 1, config.tensor_parallel, config.tracker
-        )
+        accelerator = processes.make_accelerator(folder or Path("runs"), 1, config.tracker)
         run = assemble(config, from_rank_0(lambda: folder), accelerator, method)
         if config.resume:
             parts = run.model, run.optimizer, run.state, config.lora_rank > 0

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
 from oisd import Config, LossSums, PackedBatch
 from support import processes
-from support.settings import UserError
-from support.types import AtLeastOne
+from support.settings import AtLeastOne, UserError
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})

@@ -38,8 +38,7 @@ from oisd import Config, LossSums, PackedBatch, Rollout, TappedModel
 from support import problems, processes
 from support.kernels import log_ratios
 from support.problems import Problem
-from support.settings import UserError
-from support.types import AtLeastOne, NotNegative, Text
+from support.settings import AtLeastOne, NotNegative, Text, UserError
 
 TEMPLATE = """{question}
 

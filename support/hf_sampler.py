@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,37 +47,24 @@ class SeededSampling(LogitsProcessor):
         return perturbed
 
 
+@dataclass
 class HfSampler:
-    """Sample from the very weights that are trained, with Transformers' `generate`.
+    """Sample from the very weights that are trained, with Transformers' `generate`."""
 
-    `batch`: sequences generated at once. `root`: the module to generate within if weights are
-    sharded, where they are gathered.
-    """
+    model: PreTrainedModel
+    end_ids: list[int]
+    device: torch.device
+    temperature: float
+    max_response_tokens: int
+    batch: int  # sequences generated at once
+    dtype: str
+    root: Callable | None = None  # module to generate within if weights are sharded
+    ghost_bytes: ClassVar[int] = 0  # memory of its own that PyTorch would count
 
-    ghost_bytes = 0  # memory of its own that PyTorch would count
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        end_ids: list[int],
-        device: torch.device,
-        temperature: float,
-        max_response_tokens: int,
-        batch: int,
-        dtype: str,
-        root: Callable | None = None,
-    ):
+    def __post_init__(self) -> None:
         # Not the model's own generation config: its top-k or a penalty would bias every ratio.
-        model.generation_config = GenerationConfig(eos_token_id=end_ids)
-        self.model = model
-        self.end_ids = end_ids
-        self.device = device
-        self.temperature = temperature
-        self.max_response_tokens = max_response_tokens
-        self.batch = batch
-        self.bfloat16 = dtype == "bfloat16"
-        self.root = root
-        sharded = root is not None and dist.is_initialized()
+        self.model.generation_config = GenerationConfig(eos_token_id=self.end_ids)
+        sharded = self.root is not None and dist.is_initialized()
         self.ranks = dist.get_world_size() if sharded else 1
 
     def sync(self, model: PreTrainedModel) -> None:
@@ -135,7 +124,8 @@ class HfSampler:
                 synced_gpus=self.ranks > 1,
                 return_dict_in_generate=True,
             )
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            bfloat16 = self.dtype == "bfloat16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
                 output = generate() if self.root is None else self.root(generate)
             new = output.sequences[:, ids.shape[1] :]
             cache = output.past_key_values

@@ -131,24 +131,12 @@ def say(text: str) -> None:
 # ---- Devices -----------------------------------------------------------------------------------
 
 
-def check_engines(tensor_parallel: int, processes: int) -> None:
-    """Check that the processes divide into vLLM engines. Raises: UserError."""
-    if processes % tensor_parallel:
-        raise UserError(
-            f"tensor_parallel = {tensor_parallel} of {processes} processes; launch a multiple of it"
-        )
-
-
-def make_accelerator(
-    folder: Path, hours: float, tensor_parallel: int = 1, tracker: str = "none"
-) -> Accelerator:
+def make_accelerator(folder: Path, hours: float, tracker: str = "none") -> Accelerator:
     """Join the process group and pick this process's device; an Accelerate config is respected.
 
     `hours`: timeout of collectives; sampling rollouts may take long.
     Raises: UserError if Accelerate is configured for anything but FSDP2.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    check_engines(tensor_parallel, processes)
     cuda = torch.cuda.is_available()
     # gloo beside NCCL: for lists of rollouts and for checkpoints.
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"

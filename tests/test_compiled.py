@@ -49,18 +49,6 @@ def test_compiled_rows_are_the_plain_ones_and_allocate_no_logits(layers, learnin
     assert len(code) == 1 + (learning > 0) + (layers > 1) + (learning > 1)  # statistics, a write, sums of JS, a write
 
 
-def test_a_large_buffer_would_be_found(everything_compiled):
-    def sum_and_write(student, teacher, *rest):
-        kl, js = kernels.js_sums(student, teacher, *rest)
-        kernels.write_js_derivative(student, teacher, *rest, kl)
-        kernels.write_softmax(teacher, rest[1], rest[2])
-        return js
-
-    student, teacher, scale = torch.randn(9, V), torch.randn(9, V), torch.tensor(1.0)
-    stats = [kernels.kernel(kernels.row_stats, logits, scale) for logits in (student, teacher)]
-    assert large_buffers(run_and_get_code(kernels.kernel, sum_and_write, student, teacher, *stats, scale)[1])
-
-
 def test_the_first_ratio_is_one_and_any_batch_uses_the_same_kernels(everything_compiled):
     torch.manual_seed(0)
     config = dataclasses.replace(oisd.Config(), lens_chunk_tokens=16, distill_temperature=1.5, dtype="float32")

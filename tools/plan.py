@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
 from oisd import Config, Rollout, TappedModel
 from support import models
-from support.processes import RESERVE, check_engines, largest_share
+from support.processes import RESERVE, largest_share
 from support.settings import UserError, one_line
 
 CARDS = (24, 40, 80, 141)  # GB, as cards are named: 10^9 bytes
@@ -173,7 +173,7 @@ def vllm_bytes(config: Config, model: TappedModel) -> tuple[int, int]:
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     cache = 2 * 2 * config.longest * shape.num_hidden_layers * shape.num_key_value_heads * head_size
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
-    return int((weights + cache) / config.tensor_parallel + VLLM_WORKS), cache // config.tensor_parallel
+    return int(weights + cache + VLLM_WORKS), cache
 
 
 def verdict(card: int, found: Plan, config: Config) -> str:
@@ -218,7 +218,6 @@ def parse_gpus(words: str) -> int:
 def report(name: str, config: Config, words: str) -> str:
     """Plan the step: -> the lines to print. Raises: UserError."""
     gpus = parse_gpus(words)
-    check_engines(config.tensor_parallel, gpus)
     start = time.monotonic()
     found = plan(config, gpus)
     rows = found.parts | {"peak of training": found.training}

@@ -2,7 +2,7 @@
 
     python tools/preflight.py                                      random weights in the shape of Qwen3-0.6B
     python tools/preflight.py --config configs.toml:qwen3_4b       a model of your own
-    python tools/preflight.py --ranks 2 --report preflight.md      also what needs two processes; default: all GPUs
+    python tools/preflight.py --ranks 2 --report preflight.md      two processes; default: all GPUs
 
 Without `--config` nothing is downloaded. Every check is a row with its figures. If a row says FAIL, the exit code is 1.
 A CPU uses the laptop's model and leaves out what needs a GPU. Each stage runs in its own process, or in `--ranks` of
@@ -208,23 +208,17 @@ def check_export(options):
     yield f"export loads in {config.sampler}", True, f"log-prob gap {gap:.2g} nats"
 
 
-def check_one_step(options):
-    """Make a step with the field that the stage is about."""
-    stage, folder = options.stage, Path(options.folder, options.stage)
-    _, config = oisd.load_config(options.words)
-    if stage == "tensor_parallel" and (options.ranks % 2 or config.sampler != "vllm"):
-        yield "tensor_parallel, one step", None, "needs vLLM and an even number of --ranks"
-    else:
-        train(*options.words, FIELDS[stage], "--num_steps=1", f"--output_dir={folder}")
-        text = "log-prob gap {sampler_logprob_gap:.2g} nats, peak {peak_memory_gib:.2f} GiB a process"
-        yield f"{stage}, one step", True, text.format(**run_folder.read_metrics(folder)[-1])
+def check_lora(options):
+    folder = Path(options.folder, "lora")
+    train(*options.words, "--lora_rank=8", "--num_steps=1", f"--output_dir={folder}")
+    text = "log-prob gap {sampler_logprob_gap:.2g} nats, peak {peak_memory_gib:.2f} GiB a process"
+    yield "lora, one step", True, text.format(**run_folder.read_metrics(folder)[-1])
 
 
-FIELDS = {"lora": "--lora_rank=8", "tensor_parallel": "--tensor_parallel=2"}
 STAGES = {"machine": check_machine, "attention": check_attention, "lens": check_lens, "plan": check_plan}
 ALONE = [*STAGES, "export"]  # in one process; the others in all
 STAGES |= {"run": check_run, "resume": check_resume, "resume again": check_resume_again, "export": check_export}
-STAGES |= dict.fromkeys(FIELDS, check_one_step)
+STAGES["lora"] = check_lora
 
 # ---- All of them ---------------------------------------------------------------------------------------------------
 
