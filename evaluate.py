@@ -4,6 +4,7 @@
     accelerate launch evaluate.py --model runs/a/final   each GPU draws a share of the samples
     python evaluate.py --model M --benchmarks aime24,aime25 --samples 300     Pass@1, 2, 4 ... 256
     python evaluate.py --model M --benchmarks mine=problems.jsonl,amc23=amc2023.parquet
+    python evaluate.py --model M --samples 1 --temperature 1e-6      always the most probable token
     python evaluate.py --grade_only runs/a               grade stored responses again, no model
 
 With n samples of a problem, c of them correct,
@@ -73,7 +74,6 @@ class Config(oisd.Config):
     benchmarks: Text = ",".join(BENCHMARKS)  # names; your own data: NAME=SOURCE
     samples: Count = 0  # per problem; 0: the paper's number, 16 for your own data
     limit: Count = 0  # only the first N problems of each benchmark; 0 for all
-    greedy: bool = False  # one sample, always the most probable token
     grade_only: str = ""  # folder whose stored samples are graded again
     output_dir: str = ""  # "" for runs/eval_<model>
     vllm_memory: Share = 0.9  # vLLM's share of the GPU; nothing else needs it
@@ -308,10 +308,6 @@ def draw_curves(summary: dict, path: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> Config:
     """Read the command line. Raises: UserError."""
     given, _ = Parser(Config, "evaluate.py", __doc__, OPTIONS).given(arguments)
-    if given.get("greedy"):
-        if given.get("samples", 1) > 1:
-            raise UserError("--greedy: more than one sample would be the same again")
-        given |= {"temperature": 1e-6, "samples": 1}
     if not given.keys() & {"model", "grade_only"}:
         raise UserError("--model is missing: a Hugging Face name or a folder")
     return Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)

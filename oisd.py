@@ -164,7 +164,7 @@ class Config:
     # Compute
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of compute; trained weights are float32
     spread_weights: bool = False  # spread float32 weights within their bfloat16 rounding cells
-    attention: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = "auto"  # kernel
+    attention: Literal["auto", "varlen", "sdpa", "flash_attention_2"] = "auto"  # kernel
     recompute_layers: Count | Literal["all"] = "all"  # layers that recompute their activations
     lora_rank: Count = 0  # train adapters of this rank on all linear layers but the head; 0: none
     max_tokens_per_gpu: AtLeastOne = 16384  # limit of a packed micro-batch, prompts included

@@ -515,13 +515,12 @@ def test_sampled_decoding_steps_are_even_and_unique():
     assert len(steps) == 64 and {b - a for a, b in itertools.pairwise(steps)} == {15, 16}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_is_alone_is_padded(family, attention):
+def test_packed_is_alone_is_padded(family):
     rollouts, model = random_rollouts(), random_model(family)
     twin = rollouts[0].response_ids[::-1]  # neighbors of equal length share a call
     rollouts.insert(1, dataclasses.replace(rollouts[0], response_ids=twin))
-    tapped = oisd.TappedModel(random_model(family, attention=attention), CONFIG)
+    tapped = oisd.TappedModel(random_model(family), CONFIG)
 
     def score(rollouts):
         return tapped(tapped.response_logprobs, oisd.pack(rollouts, CONFIG))

@@ -38,12 +38,7 @@ def sequence_by_sequence(
         parts = [
             x[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)
         ]
-        mask = None
-        if module.config._attn_implementation == "eager":  # the only kernel that needs a mask
-            future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.zeros_like(future, dtype=query.dtype).masked_fill(future, lowest)
-        output = kernel(module, *parts, mask, **settings)[0]  # (count, length, H, d)
+        output = kernel(module, *parts, None, **settings)[0]  # causal: (count, length, H, d)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None]
 

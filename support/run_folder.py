@@ -316,17 +316,10 @@ def rollout_metrics(rollouts: Sequence[Any], group_size: int) -> dict[str, float
 
 def accuracy(rewards: Sequence[float], copies: int) -> dict[str, float]:
     """Average rewards, `copies` per problem, with the standard error over problems."""
-    starts = range(0, len(rewards), copies)
-    shares = [statistics.fmean(rewards[start : start + copies]) for start in starts]
-    error = 0.0
-    if len(shares) > 1:
-        error = statistics.stdev(shares) / math.sqrt(len(shares))
-    return {
-        "accuracy": statistics.fmean(shares),
-        "standard_error": error,
-        "problems": len(shares),
-        "samples": copies,
-    }
+    shares = torch.tensor(rewards, dtype=torch.float64).view(-1, copies).mean(dim=1)
+    error = shares.std() / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+    found = {"accuracy": float(shares.mean()), "standard_error": float(error)}
+    return found | {"problems": len(shares), "samples": copies}
 
 
 def write_scores(folder: Path, scores: dict[str, Any]) -> None:

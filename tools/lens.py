@@ -109,23 +109,14 @@ def look(opened: Opened, rollouts: list[oisd.Rollout]) -> Iterator[tuple[oisd.Pa
     From layer 0, the embeddings.
     """
     model, config = opened.model, opened.config
-    embeddings = []
-    hook = model.layers[0].register_forward_pre_hook(
-        lambda _, taken, named: embeddings.append(first_of(taken, named)), with_kwargs=True
-    )
     for part in oisd.my_micro_batches(rollouts, config.max_tokens_per_gpu):
         batch = oisd.pack([rollouts[i] for i in part], config, model.head.device)
         with model.recording(*model.taps, packed=True):
             model.decode(model.model.get_decoder(), batch)
-        states = [embeddings.pop(), *(tap.hidden for tap in model.taps)]
+        embeddings = model.model.get_input_embeddings()(batch.input_ids)
+        states = [embeddings, *(tap.hidden for tap in model.taps)]
         yield batch, [state[0, batch.predicted - 1] for state in states]
         model.clear_taps()
-    hook.remove()
-
-
-def first_of(arguments: tuple, named: dict) -> Tensor:
-    """Return the hidden states among the arguments of a layer or a norm."""
-    return arguments[0] if arguments else named["hidden_states"]
 
 
 def layer_logits(model: oisd.TappedModel, hidden: Tensor, layer: int) -> Tensor:
@@ -159,8 +150,10 @@ def table(places: Iterable[Opened], options) -> None:
     rows, labels = [], []  # from the top: the cells of a layer and of its last one
     for opened in places:
         cells, student = lens_cells(opened, rollout), opened.config.student_layer
-        shown = shown_layers(depth, student, options.layers) if len(places) == 1 or options.layers else [student, depth]
-        for layer in reversed(shown):
+        shown = {student, depth}
+        if options.layers:  # about that many, evenly spaced
+            shown |= {*range(0, depth, -(-depth // options.layers))}
+        for layer in sorted(shown, reverse=True):
             rows.append((cells[layer], cells[-1] if layer < depth else None))
             name = f"{opened.name}\n" if len(places) > 1 else ""
             labels.append(name + ("h_out" if layer == depth else f"h{layer}_out"))
@@ -195,11 +188,6 @@ def question(opened: Opened, problem) -> str:
     """The end of a prompt, in one line."""
     lines = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
     return "… " + " / ".join(line.strip() for line in lines if line.strip())[-60:]
-
-
-def shown_layers(count: int, student: int, most: int) -> list[int]:
-    """At most about `most` of the layers, evenly spaced from 0, the last and the student's among them."""
-    return sorted({*range(0, count, -(-count // most)), student, count})
 
 
 # ----------------------------------------------------- Every layer ---------------------------------------------------
@@ -281,6 +269,9 @@ def watch(layer: nn.Module, see: Callable[[int, Tensor], None]) -> list:
         raise UserError(f"{name} has no child called one of {', '.join(FFN)}")
     start: list[Tensor] = []
     normed: list[tuple[Tensor, Tensor]] = []
+
+    def first_of(arguments, named):
+        return arguments[0] if arguments else named["hidden_states"]
 
     def at_start(_, arguments, named):
         start[:] = [first_of(arguments, named)]
