@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -674,9 +675,6 @@ class TappedModel(nn.Module):
         self.norm_name = norms[0]
         self.layers = list(stacks[0])  # a plain list: their parameters belong to the model
         self.taps = [self.tap(layer) for layer in self.layers]
-        # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
-        scale = getattr(model.config, "logit_scale", None)
-        self.logit_scale = scale or 1 / getattr(model.config, "logits_scaling", 1)
 
     @staticmethod
     def tap(layer: nn.Module) -> Tap:
@@ -732,11 +730,7 @@ class TappedModel(nn.Module):
             weights = dict(final_norm.named_parameters()) if detach else {}
             frozen = {name: weight.detach() for name, weight in weights.items()}
             hidden = torch.func.functional_call(final_norm, frozen, (hidden,))
-        return self.scaled(hidden)
-
-    def scaled(self, hidden: Tensor) -> Tensor:
-        """Scale what the head multiplies, for models that scale their logits."""
-        return hidden if self.logit_scale == 1 else hidden * self.logit_scale
+        return hidden
 
     def lens(self, hidden: Tensor, norm: bool = True) -> Tensor:
         """Compute z = E_u LN(h), Eq. 5: (..., D) -> (..., V). Losses use `LensPass`."""
@@ -751,7 +745,7 @@ class TappedModel(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Run the decoder over a packed row and fill the taps: -> input of the head, (T, D)."""
         with self.recording(self.student_tap, self.taps[-1], packed=True):
-            return self.scaled(self.decode(self.model.get_decoder(), batch))
+            return self.decode(self.model.get_decoder(), batch)
 
     @staticmethod
     def decode(decoder: nn.Module, batch: PackedBatch) -> Tensor:
@@ -1451,7 +1445,7 @@ def report_accuracy(run: Run) -> None:
     scores[str(step)] = score
     run.accelerator.log({"held_out_accuracy": score["accuracy"]}, step=step)
     if rank() == 0:
-        run_folder.write_scores(run.folder, scores)
+        run_folder.write_atomically(run.folder / "held_out.json", json.dumps(scores) + "\n")
     percent = "{accuracy:.1%} (standard error {standard_error:.1%})".format(**score)
     say(f"held-out accuracy after step {step}: {percent}")
 

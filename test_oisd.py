@@ -668,9 +668,3 @@ def test_the_response_mask_comes_from_lengths():
     assert batch.advantages.tolist() == [0.5, 0.5, 3.0, 4.0, 5.0]  # PPO's differ by token
     assert batch.query_advantages.tolist() == [0.5, 0.5, 3.0, 4.0]
     assert batch.queries.tolist() == [1, 2, 4, 5]  # before each rollout's first two tokens
-
-
-def test_rollouts_of_equal_rewards_leave_no_gradient():
-    rollouts = [dataclasses.replace(rollout, advantage=0.0) for rollout in random_rollouts()]
-    _, found = gradients(random_model(), with_config(attention_weight=1.0), rollouts)
-    assert not any(gradient.any() for gradient in found.values())

@@ -322,11 +322,6 @@ def accuracy(rewards: Sequence[float], copies: int) -> dict[str, float]:
     return found | {"problems": len(shares), "samples": copies}
 
 
-def write_scores(folder: Path, scores: dict[str, Any]) -> None:
-    """Write the held-out accuracy by step."""
-    write_atomically(folder / "held_out.json", json.dumps(scores) + "\n")
-
-
 def every(n: int, step: int) -> bool:
     """Return whether something that happens every `n` steps happens at this one; 0 disables it."""
     return n > 0 and step % n == 0
@@ -340,14 +335,8 @@ class Log:
         self.folder = folder
         self.accelerator = accelerator
         self.drawn = 0.0
-        quiet = rank() > 0
-        self.bar = tqdm(
-            total=settings["num_steps"],
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=quiet,
-        )
+        look = {"unit": "step", "dynamic_ncols": True, "disable": rank() > 0}
+        self.bar = tqdm(total=settings["num_steps"], initial=step, **look)
 
     def __enter__(self) -> Log:
         return self

@@ -19,26 +19,15 @@ OURS = TOP_LEVEL | {folder.name for folder in ROOT.iterdir() if folder.is_dir()}
 FILES = [path.relative_to(ROOT) for pattern in ("*.py", "*/*.py") for path in sorted(ROOT.glob(pattern))]
 
 
-def imports(tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or "")
-
-
-def identifiers(tree):
-    fields = ("id", "attr", "arg", "name", "module")
-    return {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
-
-
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_go_one_way(path):
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    nodes = list(ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
     others = OURS - ALLOWED.get(path.parts[0], OURS)
-    assert not {module.split(".")[0] for module in imports(tree)} & {"", *others}
+    assert not {module.split(".")[0] for module in modules} & {"", *others}
     forbidden = {"TYPE_CHECKING"} | (TOP_LEVEL if path.parts[0] == "support" else set())
-    assert not forbidden & identifiers(tree)
+    assert not {node.id for node in nodes if isinstance(node, ast.Name)} & forbidden
 
 
 def test_three_files_are_at_the_top_level():
