@@ -322,11 +322,12 @@ def draw(path, spec, steps):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, choices=range(1, 100), metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [%(default)s]")
     parser.add_argument("--only", default="", metavar="NAME,...", help="rows, settings or runs, as in weak-grpo-0")
     parser.add_argument("--launcher", type=shlex.split, default=[sys.executable], help='as in "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw all curves; run nothing")
     options = parser.parse_args(words)
+    options.jobs = max(1, options.jobs)
     try:
         return report(options.spec) if options.report else run_all(options.spec, options)
     except (UserError, ImportError, subprocess.CalledProcessError) as problem:

@@ -214,10 +214,10 @@ def report(name: str, config: Config, gpus: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read `--gpus` and a config's fields, and print the plan: -> exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--gpus", type=int, required=True, choices=range(1, 10_000), metavar="N", help="of all machines"
-    )
+    parser.add_argument("--gpus", type=int, required=True, help="of all machines")
     options, words = parser.parse_known_args(arguments)
+    if options.gpus < 1:
+        parser.error(f"--gpus {options.gpus}: at least 1")
     try:
         print(report(*oisd.load_config(words), options.gpus))
     except UserError as problem:
