@@ -305,14 +305,6 @@ def draw_curves(summary: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def parse(arguments: Sequence[str] | None) -> Config:
-    """Read the command line. Raises: UserError."""
-    given, _ = Parser(Config, "evaluate.py", __doc__, OPTIONS).given(arguments)
-    if not given.keys() & {"model", "grade_only"}:
-        raise UserError("--model is missing: a Hugging Face name or a folder")
-    return Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)
-
-
 def evaluate(config: Config, grader: Grader) -> None:
     """Draw missing samples on all ranks, then grade and report on rank 0. Raises: UserError."""
     model_name = "_".join(Path(config.model).parts[-2:])
@@ -351,7 +343,10 @@ def evaluate(config: Config, grader: Grader) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program: -> 0, 2 for a UserError or a failure of the disk, 130 for Ctrl-C."""
     try:
-        config = parse(arguments)
+        given, _ = Parser(Config, "evaluate.py", __doc__, OPTIONS).given(arguments)
+        if not given.keys() & {"model", "grade_only"}:
+            raise UserError("--model is missing: a Hugging Face name or a folder")
+        config = Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)
         with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader:
             if config.grade_only:
                 summarize(Path(config.grade_only), grader)

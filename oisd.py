@@ -405,9 +405,9 @@ def sample_rollouts(
 
     Draws follow from (seed, purpose, step, place); they do not depend on the number of ranks.
     """
-    mine = processes.split_evenly(len(problems), world(), rank())
-    repeated = [problems[index] for index in mine for _ in range(copies)]
-    places = range(mine.start * copies, mine.stop * copies)
+    first, end = (len(problems) * index // world() for index in (rank(), rank() + 1))
+    repeated = [problem for problem in problems[first:end] for _ in range(copies)]
+    places = range(first * copies, end * copies)
     seeds = [derive_seed(run.config.seed, purpose, step, place) for place in places]
     samples = sorted(run.sampler.stream([problem.prompt_ids for problem in repeated], seeds))
     run.sampler.sleep()

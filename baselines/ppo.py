@@ -67,12 +67,11 @@ class ActorCritic(TappedModel):
         return [*self.layers, *(layer for stack in stacks for layer in stack)]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                groups[name.startswith(("critic.", "value_head."))].append(parameter)
-        rate = self.config.critic_speed * self.config.learning_rate
-        return [{"params": groups[False]}, {"params": groups[True], "lr": rate}]
+        policy = self.model.parameters()
+        critic = [*self.critic.parameters(), *self.value_head.parameters()]
+        groups = [{"params": [p for p in part if p.requires_grad]} for part in (policy, critic)]
+        groups[1]["lr"] = self.config.critic_speed * self.config.learning_rate
+        return groups
 
     def values(self, batch: PackedBatch) -> Tensor:
         """Compute V of the state in which each response token is drawn: -> (N,)."""

@@ -1,7 +1,7 @@
 r"""Two tasks for SmolLM2-135M-Instruct: write train.jsonl and test.jsonl into a folder.
 
-    python tools/easy_sums.py runs/start/sums           5 + 8?             right now and then
-    python tools/easy_sums.py runs/start/next --next    47, 48, 49, ?      right about once in four times
+    python study/easy_sums.py runs/start/sums           5 + 8?             right now and then
+    python study/easy_sums.py runs/start/next --next    47, 48, 49, ?      right about once in four times
 
     python oisd.py --config configs.toml:smollm2_easy
 

@@ -266,9 +266,7 @@ def report(path):
         if not rows:
             continue
         print(f"\n### {setting or path.stem}\n\n| row | seeds | before % | after % | area % ", end="")
-        print(
-            "| after: points | area: % | steps to 1/2 | to 9/10 | seconds |\n|---|---|---|---|---|---|---|---|---|---|"
-        )
+        print("| after: points | area: % | steps to 1/2 | to 9/10 | seconds |\n" + "|---" * 10 + "|")
         for row, lines in rows.items():
             before, after, area = (100 * lines[["before", "after", "area"]]).apply(spread)
             against = differences(lines, rows.get(spec["baseline"]))
@@ -327,7 +325,8 @@ def main(words=None):
     parser.add_argument("--launcher", type=shlex.split, default=[sys.executable], help='as in "accelerate launch"')
     parser.add_argument("--report", action="store_true", help="print tables and draw all curves; run nothing")
     options = parser.parse_args(words)
-    options.jobs = max(1, options.jobs)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
     try:
         return report(options.spec) if options.report else run_all(options.spec, options)
     except (UserError, ImportError, subprocess.CalledProcessError) as problem:

@@ -61,10 +61,6 @@ def draw_question(rng):
     return "+".join(map(str, summands))
 
 
-def solve(question):
-    return str(sum(int(summand) for summand in question.split("+")))
-
-
 def demonstrate(question, slip, rng):
     """Write the sum out step by step; each step goes wrong with probability `slip`."""
     total, *rest = question.split("+")
@@ -120,11 +116,6 @@ def make_model(tokenizer):
     return model
 
 
-def prompt_of(question, tokenizer):
-    message = {"role": "user", "content": question}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-
-
 def draw_batch(tokenizer, slip, held_out, rng):
     """Return token ids and labels of BATCH demonstrations; labels cover the response and <eos>."""
     questions = []
@@ -137,7 +128,7 @@ def draw_batch(tokenizer, slip, held_out, rng):
         shown = place < SHOWN * BATCH
         prompt = f"{question}={demonstrate(question, 0.0, rng)}" if shown else question
         answer = demonstrate(question, 0.0 if shown else slip, rng)
-        texts.append(prompt_of(prompt, tokenizer) + answer + tokenizer.eos_token)
+        texts.append(f"<user>{prompt}<assistant>{answer}<eos>")
     ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
     is_start = ids == tokenizer.convert_tokens_to_ids("<assistant>")
     starts = is_start.int().argmax(dim=1, keepdim=True)
@@ -198,7 +189,8 @@ def write_problems(path, questions):
     rows = []
     for question in questions:
         solution = demonstrate(question, 0.0, random.Random(0))
-        rows.append({"question": question, "answer": solve(question), "solution": solution})
+        answer = str(sum(map(int, question.split("+"))))
+        rows.append({"question": question, "answer": answer, "solution": solution})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -18,10 +18,6 @@ def sequence_by_sequence(
     key: Tensor,
     value: Tensor,
     lengths: list[int],
-    cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
-    max_length_q: int,
-    max_length_k: int,
     **settings,
 ) -> Tensor:
     """Attend with a kernel that is not told the borders: (1, heads, T, d) each -> (1, T, H, d).
@@ -29,6 +25,8 @@ def sequence_by_sequence(
     Neighbors of equal length form one call. Batches are sorted by length, so short sequences need
     few calls. The cost follows the real tokens.
     """
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+        del settings[name]
     outputs = []
     start = 0
     for length, group in itertools.groupby(lengths):

@@ -73,7 +73,8 @@ def prompt_ids(
     to the template as `enable_thinking`. Raises: UserError if the template refuses the messages.
     """
     messages = as_messages(question)
-    if not messages or not all(map(is_message, messages)):
+    complete = [m for m in messages if isinstance(m, dict) and m.get("role") and m.get("content")]
+    if not messages or len(complete) < len(messages):
         raise UserError(f"question {question!r} is neither a text nor a list of messages")
     if not system_prompt:
         messages = [message for message in messages if message["role"] != "system"]
@@ -96,11 +97,6 @@ def prompt_ids(
 def as_messages(question: Question) -> list[dict]:
     """Return the messages of a question; a text is one message of the user."""
     return [{"role": "user", "content": question}] if isinstance(question, str) else question
-
-
-def is_message(message: Any) -> bool:
-    has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
-    return has_role and bool(message.get("content"))
 
 
 def load_problems(

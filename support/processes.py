@@ -92,11 +92,6 @@ def wait_for_all() -> None:
     gather([])
 
 
-def split_evenly(count: int, parts: int, index: int) -> range:
-    """Return the `index`-th of `parts` nearly equal ranges of 0 to count - 1."""
-    return range(count * index // parts, count * (index + 1) // parts)
-
-
 def split_by_size(sizes: Sequence[int], limit: int, ranks: int = 1) -> list[list[int]]:
     """Distribute items over as few batches of at most `limit` as possible: -> their indices.
 

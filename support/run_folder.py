@@ -356,10 +356,13 @@ class Log:
         self.bar.set_postfix({name: f"{numbers[name]:.3f}" for name in shown})
 
     def draw(self, step: int, last: bool) -> None:
-        """Draw the curves, at most every 15 seconds and after the last step."""
+        """Draw the curves, at most every 15 s and after the last step. Failures are reported."""
         if rank() == 0 and step > 0 and (last or time.monotonic() - self.drawn > 15):
-            draw_curves(self.folder)
             self.drawn = time.monotonic()
+            try:
+                draw_curves(read_metrics(self.folder), self.folder / "curves.png")
+            except Exception as problem:
+                say(f"curves.png was not drawn: {type(problem).__name__}: {problem}")
 
 
 def write_rollouts(folder: Path, step: int, rollouts: Sequence[Any], tokenizer: Any) -> None:
@@ -404,15 +407,7 @@ CURVES = {
 }
 
 
-def draw_curves(folder: Path) -> None:
-    """Draw `curves.png` from `metrics.jsonl`. Failures are reported, not raised."""
-    try:
-        draw(read_metrics(folder), folder / "curves.png")
-    except Exception as problem:
-        say(f"curves.png was not drawn: {type(problem).__name__}: {problem}")
-
-
-def draw(rows: Sequence[dict], path: Path) -> None:
+def draw_curves(rows: Sequence[dict], path: Path) -> None:
     """Draw every panel of CURVES over the steps."""
     from matplotlib.figure import Figure
 

@@ -17,20 +17,19 @@ from conftest import ROOT
 
 
 @pytest.fixture(scope="session")
-def planned(tmp_path_factory):
-    """Return a function from GPUs and changed fields to a plan, for a model of 21 M parameters without weights."""
+def words_of(tmp_path_factory):
+    """Return a function from changed fields to a command line, for a model of 21 M parameters without weights."""
     folder = tmp_path_factory.mktemp("shape")
     sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "head_dim": 64}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
     Qwen3Config(**sizes, max_position_embeddings=4096).save_pretrained(folder)
-    planned = functools.cache(lambda gpus=1, **fields: plan.plan(oisd.load_config(planned.words(**fields))[1], gpus))
-    planned.words = functools.partial(plan_words, folder)
-    return planned
+    known = {"config": "configs.toml:tiny", "model": folder, "max_response_tokens": 256, "max_tokens_per_gpu": 1024}
+    return lambda **changes: [f"--{name}={value}" for name, value in (known | changes).items()]
 
 
-def plan_words(folder, **changes):
-    fields = {"model": folder, "max_response_tokens": 256, "max_tokens_per_gpu": 1024} | changes
-    return ["--config", f"{ROOT / 'configs.toml'}:tiny", *(f"--{name}={value}" for name, value in fields.items())]
+@pytest.fixture(scope="session")
+def planned(words_of):
+    return functools.cache(lambda gpus=1, **changes: plan.plan(oisd.load_config(words_of(**changes))[1], gpus))
 
 
 MEASURE = """
@@ -55,8 +54,8 @@ print("measured", peak_bytes(cpu) - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator")
 @pytest.mark.parametrize("layers", ["0", "2"])
-def test_planned_memory_is_what_a_step_takes(planned, layers):
-    command = [sys.executable, "-c", MEASURE, *planned.words(recompute_layers=layers)]
+def test_planned_memory_is_what_a_step_takes(words_of, planned, layers):
+    command = [sys.executable, "-c", MEASURE, *words_of(recompute_layers=layers)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     shown = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     measured = int(shown.split("measured")[1])
@@ -80,8 +79,8 @@ def test_planned_parts_are_arithmetic(planned):
     assert planned(4, lora_rank=8).training < found.training - 0.9 * 12 / 4 * 20e6
 
 
-def test_the_plan_says_what_to_change(planned, capsys, monkeypatch):
-    words, found = planned.words(sampler="vllm"), planned(4, sampler="vllm")
+def test_the_plan_says_what_to_change(words_of, planned, capsys, monkeypatch):
+    words, found = words_of(sampler="vllm"), planned(4, sampler="vllm")
     monkeypatch.setattr(plan, "plan", lambda config, gpus: found if gpus == 4 else None)
     assert plan.main([*words, "--gpus", "4"]) == 0
     assert capsys.readouterr().out.count("card: yes; vLLM gets 0.90 of it and holds") == 4

@@ -13,8 +13,7 @@ The rule (the paper, after BuPO). H is the entropy of the lens, averaged over re
 
     signal_l = H(after the FFN of layer l) - H(before it)                    student = max { l < L : signal_l > 0 }
 
-The residual stream is the H of Eq. 2. Everything is measured with the final norm, as in Eq. 5, and without it, as in
-BuPO's code. Figure 5 shows layer 6 starting at 11.647 nats, where ln V is 11.931: the two readings tell which it is.
+The residual stream is the H of Eq. 2, read with the final norm, as in Eq. 5, and without it, as in BuPO's code.
 """
 
 import argparse
