@@ -100,7 +100,7 @@ from support.settings import (
 )
 from support.vllm_engine import repack_tied_head, start_engine
 
-VERSION = "0.4"
+VERSION = "0.5"
 
 # ---- Config ------------------------------------------------------------------------------------
 

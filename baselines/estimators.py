@@ -32,15 +32,6 @@ class EstimatorConfig(oisd.Config):
     estimator: Literal["rloo", "reinforce_pp"] = "rloo"  # of the advantages
 
 
-def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Subtract the mean of the other G - 1 rewards of the group: (B * G,) -> (B * G,).
-
-    Exactly 0 in a group of equal rewards.
-    """
-    groups = rewards.view(-1, group_size)
-    return (oisd.centered(groups) * (group_size / (group_size - 1))).flatten()
-
-
 def whiten(values: Tensor, counts: Tensor) -> Tensor:
     """Compute (x - mean) / sqrt(var + 1e-8) over a step's tokens, `counts[i]` of which have x_i.
 
@@ -56,7 +47,9 @@ def set_advantages(run: oisd.Run, rollouts: Sequence[oisd.Rollout]) -> None:
     """Set the advantages of a step's rollouts with the configured estimator."""
     rewards = torch.tensor([rollout.reward for rollout in rollouts])
     if run.config.estimator == "rloo":
-        advantages = leave_one_out_advantages(rewards, run.config.group_size)
+        G = run.config.group_size
+        others = oisd.centered(rewards.view(-1, G)) * (G / (G - 1))  # r - mean of the G - 1 others
+        advantages = others.flatten()
     else:
         advantages = whiten(rewards, torch.tensor([len(r.response_ids) for r in rollouts]))
     for rollout, advantage in zip(rollouts, advantages.tolist()):
