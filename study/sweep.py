@@ -23,6 +23,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -58,6 +59,10 @@ class Run(NamedTuple):
     seed: int
     settings: str  # its command: program, then options
     folder: Path
+
+    @property
+    def names(self):
+        return {self.setting, self.row, self.folder.name}
 
     @property
     def finished(self):
@@ -101,9 +106,11 @@ def read_spec(path):
         raise UserError(f"{path}: {one_line(problem)}") from None
     settings = spec.setdefault("settings", {"": {}})
     rows = spec.setdefault("rows", {})
-    unknown = spec.keys() - OWN | {spec.get("baseline", "baseline")} - rows.keys()
+    unknown = spec.keys() - OWN
+    unknown |= {spec.get("baseline", "baseline")} - rows.keys()
     for name, shared in settings.items():
-        unknown |= set(shared.get("rows", [])) - rows.keys() | {shared.get("baseline", name)} - settings.keys()
+        unknown |= set(shared.get("rows", [])) - rows.keys()
+        unknown |= {shared.get("baseline", name)} - settings.keys()
     for own in rows.values():
         unknown |= set(own.get("settings", [])) - settings.keys()
     if unknown:
@@ -132,9 +139,9 @@ def run_all(path, options):
     spec, runs = read_spec(path)
     if options.only:
         only = set(options.only.split(","))
-        runs = [run for run in runs if only & {run.setting, run.row, run.folder.name}]
-    if not runs:
-        raise UserError(f"--only: {path} has no such row, setting or run")
+        if unknown := only - {name for run in runs for name in run.names}:
+            raise UserError(f"--only: {path} has no row, setting or run {', '.join(sorted(unknown))}")
+        runs = [run for run in runs if only & run.names]
     if options.launcher == [sys.executable]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.jobs)))
     with locked(RUNS / path.stem), ThreadPoolExecutor(options.jobs) as pool:
@@ -142,7 +149,8 @@ def run_all(path, options):
             run.check()
         collect(path, runs)
         missing = [run for run in runs if not run.finished]
-        for command in spec.get("prepare", []) if missing else []:
+        commands = spec.get("prepare", []) if missing else []
+        for command in commands:
             subprocess.check_call([sys.executable, *shlex.split(command)], cwd=ROOT)
         ended = pool.map(lambda run: run.launch(options.launcher), missing)
         try:
@@ -162,11 +170,21 @@ def read_csv(path, name):
 
 
 def collect(path, runs):
-    """Write the lines of those runs that are finished; all other lines stay. Raises: UserError."""
-    tables = {name: dict(list(read_csv(path, name).groupby(KEY, sort=False))) for name in ("runs", "steps")}
-    for run in [run for run in runs if run.finished]:
-        run.check()
-        tables["runs"][run[:3]], tables["steps"][run[:3]] = summarize(run)
+    """Write the lines of those runs that are finished and as in the spec; all other lines stay."""
+    tables = {}
+    for name in ("runs", "steps"):
+        tables[name] = dict(list(read_csv(path, name).groupby(KEY, sort=False)))
+    for run in runs:
+        if not run.finished:
+            continue
+        try:
+            run.check()
+        except UserError as problem:
+            print(f"left out: {problem}", file=sys.stderr)
+            continue
+        line, steps = summarize(run)
+        tables["runs"][run[:3]] = line
+        tables["steps"][run[:3]] = steps
     for name, table in tables.items():
         if table:
             lines = pd.concat(table.values()).infer_objects()  # missing scores are None
@@ -178,7 +196,9 @@ def summarize(run):
     """Summarize a finished run: -> its line of the runs file, and its lines of the steps file."""
     metrics = pd.DataFrame(run_folder.read_metrics(run.folder)).set_index("step")
     steps = metrics.reindex(columns=LOGGED).astype(float)
-    first, last, peak = steps.iloc[0], steps.iloc[-1], steps.max()
+    first = steps.bfill().iloc[0]  # BuPO reads no lens in its first steps
+    last = steps.ffill().iloc[-1]
+    peak = steps.max()
     smooth = steps.rolling(3, center=True, min_periods=1).mean()
     reward, think_js = smooth["reward"], smooth["think_js"]
     start, end = first["reward"], steps["reward"].iloc[-5:].mean()
@@ -250,7 +270,7 @@ def report(path):
     try:
         with locked(RUNS / path.stem):
             collect(path, every)
-    except UserError as problem:  # a sweep is under way and collects by itself, or a folder is not as in the spec
+    except UserError as problem:  # a sweep is under way and collects by itself
         print(f"only what the CSV files have: {problem}", file=sys.stderr)
     found = read_csv(path, "runs")
     runs = found.merge(pd.DataFrame(every)).sort_values("seed", kind="stable")
@@ -337,4 +357,5 @@ def main(words=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))  # like Ctrl-C, the runs get it too
     sys.exit(main())

@@ -130,7 +130,7 @@ def make_accelerator(folder: Path, hours: float, tracker: str = "none") -> Accel
     """Join the process group and pick this process's device; an Accelerate config is respected.
 
     `hours`: timeout of collectives; sampling rollouts may take long.
-    Raises: UserError if Accelerate is configured for anything but FSDP2.
+    Raises: UserError if Accelerate is configured for anything but FSDP2 without offloading.
     """
     cuda = torch.cuda.is_available()
     # gloo beside NCCL: for lists of rollouts and for checkpoints.
@@ -146,7 +146,7 @@ def make_accelerator(folder: Path, hours: float, tracker: str = "none") -> Accel
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     wrong_version = plugin is not None and plugin.fsdp_version != 2
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP") or wrong_version:
-        raise UserError(f"Accelerate's config asks for {kind}, not FSDP2: set fsdp_version: 2")
+        raise UserError(f"Accelerate's config asks for {kind}: this program needs FSDP2")
     if isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy):
         raise UserError("Accelerate's config offloads weights: set fsdp_offload_params: false")
     if cuda:
@@ -158,12 +158,6 @@ def make_accelerator(folder: Path, hours: float, tracker: str = "none") -> Accel
             raise UserError(f"several processes share a GPU: {shown}; launch one process per GPU")
         say(f"{world()} processes; {torch.cuda.device_count()} GPUs here; by rank: {shown}")
     return accelerator
-
-
-def reshard_after_forward(accelerator: Accelerator) -> bool:
-    """Return what Accelerate's config says; the default is to reshard."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    return bool(plugin.reshard_after_forward) if plugin else True
 
 
 def to_device(tensors: dict[str, Tensor], device: Any) -> dict[str, Tensor]:

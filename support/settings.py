@@ -203,7 +203,8 @@ def load_settings(
     header = written.read_text(encoding="utf-8").partition("\n")[0]
     if f"version {version}," not in header:
         written_by = header.strip("# ")
-        raise UserError(f"--resume: {folder} is of {written_by}, not of version {version}")
+        fix = "check out that commit, or start a new run"
+        raise UserError(f"--resume: {folder} is of {written_by}, this is {version}: {fix}")
     table, values = read_table(kind, f"{folder}/config.toml:")
     before = dataclasses.asdict(kind(**values))
     for name, value in given.items():

@@ -29,10 +29,13 @@ def start_engine(device: torch.device, **settings: Any) -> tuple[Any, type]:
     settings["enable_chunked_prefill"] = device.type != "cpu"
     if world() > 1:  # the engine uses the launcher's processes instead of starting its own
         settings["distributed_executor_backend"] = "external_launcher"
+    threads = torch.get_num_threads()
     try:
         engine = LLM(**settings)
     except Exception as problem:  # too little memory, an unknown model, vLLM's own asserts
         raise UserError(f"the vLLM engine does not start: {one_line(problem)}") from problem
+    if device.type == "cuda":
+        torch.set_num_threads(threads)  # the engine leaves 1
     # At every sync vLLM reports tied heads and rotary angles as not loaded.
     reload_log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     reload_log.addFilter(lambda record: "Failed to load weights" not in str(record.msg))

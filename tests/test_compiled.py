@@ -49,6 +49,13 @@ def test_compiled_rows_are_the_plain_ones_and_allocate_no_logits(layers, learnin
     assert len(code) == 1 + (learning > 0) + (layers > 1) + (learning > 1)  # statistics, a write, sums of JS, a write
 
 
+def test_a_large_buffer_would_be_found(everything_compiled):
+    def product(logits):  # whose left factor goes through memory
+        return logits.exp() @ logits.mT
+
+    assert large_buffers(run_and_get_code(kernels.kernel, product, torch.randn(9, V))[1])
+
+
 def test_the_first_ratio_is_one_and_any_batch_uses_the_same_kernels(everything_compiled):
     torch.manual_seed(0)
     config = dataclasses.replace(oisd.Config(), lens_chunk_tokens=16, distill_temperature=1.5, dtype="float32")

@@ -1,7 +1,7 @@
 """Families of models: what the program trains is right, and what it could not train is refused.
 
-The truth is independent: each rollout alone, eager attention, Transformers' own hidden states and attentions, dense
-losses. `FAMILIES="glm4 exaone4" pytest tests/test_families.py` tries other families.
+The truth is independent but for the clipped policy loss: each rollout alone, eager attention, Transformers' own hidden
+states and attentions, dense JS. `FAMILIES="glm4 exaone4" pytest tests/test_families.py` tries other families.
 """
 
 import dataclasses

@@ -158,7 +158,7 @@ def test_gradient_norms_are_those_of_each_loss_alone():
 @pytest.fixture(scope="module")
 def run(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    assert oisd.main(toy_arguments(toy, folder, num_steps=2)) == 0
+    assert oisd.main(toy_arguments(toy, folder, num_steps=2, dtype="bfloat16", spread_weights="true")) == 0
     return str(folder)
 
 

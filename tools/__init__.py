@@ -1,1 +1,0 @@
-"""Programs around training: preflight, plan, benchmarks, pictures, data."""

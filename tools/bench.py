@@ -205,7 +205,7 @@ def compare(options, names):
         extra = take_turns(options, [name], 1)[name][1][1] / 2**30
         first = first or (median, extra)
         times = [median, min(seconds), max(seconds), median / first[0]]
-        numbers = [*times, extra, extra / first[1], losses[-1], norms[-1]]
+        numbers = [*times, extra, extra / max(first[1], 1e-9), losses[-1], norms[-1]]
         rows.append([name, *(f"{number:.6g}" for number in numbers)])
     if options.csv:
         with open(options.csv, "a", newline="", encoding="utf-8") as file:

@@ -35,8 +35,6 @@ import oisd
 from support import laptop, problems
 from support.settings import Parser, UserError, derive_seed
 
-# ----------------------------------------------------- Models and their rollouts -------------------------------------
-
 
 @dataclass
 class Opened:
@@ -89,8 +87,8 @@ def open_place(place: str, words: list[str]) -> Opened:
         place = f"{place}/final"
         if not Path(place).exists():
             raise UserError(f"{place} does not exist: the run is not finished")
-    config = dataclasses.replace(config, model=place, lora_rank=0, dtype="float32", attention="sdpa")
-    config = dataclasses.replace(config, spread_weights=False)
+    plain = {"lora_rank": 0, "spread_weights": False, "dtype": "float32", "attention": "sdpa"}
+    config = dataclasses.replace(config, model=place, **plain)
     if config.model == "tiny_model":
         laptop.make()
     tokenizer, (loaded, _) = problems.load_tokenizer(config.model, config.chat_template), oisd.load_model(config)
@@ -105,7 +103,7 @@ def open_place(place: str, words: list[str]) -> Opened:
 def look(opened: Opened, rollouts: list[oisd.Rollout]) -> Iterator[tuple[oisd.PackedBatch, list[Tensor]]]:
     """Yield micro-batches, each with the hidden states that predict its responses, (N, D) by layer; all taps filled.
 
-    From layer 0, the embeddings.
+    Layer 0 are the token embeddings.
     """
     model, config = opened.model, opened.config
     for part in oisd.my_micro_batches(rollouts, config.max_tokens_per_gpu):
@@ -121,9 +119,6 @@ def look(opened: Opened, rollouts: list[oisd.Rollout]) -> Iterator[tuple[oisd.Pa
 def layer_logits(model: oisd.TappedModel, hidden: Tensor, layer: int) -> Tensor:
     """Read a layer, counted from 1, by the lens of the config; the last one always through the final norm."""
     return model.lens(hidden, model.config.lens_norm or layer == len(model.taps))
-
-
-# ----------------------------------------------------- Pictures -----------------------------------------------------
 
 
 def lens_cells(opened: Opened, rollout: oisd.Rollout) -> list[list[tuple[int, float]]]:
@@ -189,9 +184,6 @@ def question(opened: Opened, problem) -> str:
     return "… " + " / ".join(line.strip() for line in lines if line.strip())[-60:]
 
 
-# ----------------------------------------------------- Every layer ---------------------------------------------------
-
-
 def layers(places: Iterable[Opened], options) -> None:
     """Print all layers of each place, measured on its own rollouts, as CSV."""
     print("name,layer,think_js,entropy,agreement,attention_js")
@@ -211,9 +203,9 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[list[fl
     count = len(model.taps)
     totals, tokens, steps = torch.zeros(4, count, dtype=torch.float64), 0, 0
     for batch, states in look(opened, rollouts):
-        for *rows, last in zip(*(state.split(config.lens_chunk_tokens) for state in states[1:])):
-            final = model.lens(last) / config.distill_temperature
-            for layer, hidden in enumerate([*rows, last]):
+        for rows in zip(*(state.split(config.lens_chunk_tokens) for state in states[1:])):
+            final = model.lens(rows[-1]) / config.distill_temperature
+            for layer, hidden in enumerate(rows):
                 logits = layer_logits(model, hidden, layer + 1) / config.distill_temperature
                 logprobs = logits.log_softmax(-1)
                 totals[0, layer] += oisd.js_divergence(logits, final).double().sum().cpu()
@@ -225,8 +217,6 @@ def measure_layers(opened: Opened, rollouts: list[oisd.Rollout]) -> list[list[fl
         steps += len(batch.queries)
     return (totals / torch.tensor([[tokens], [tokens], [tokens], [steps]])).T.tolist()
 
-
-# ----------------------------------------------------- The layer rule -------------------------------------------------
 
 FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # what decoder layers call it
 

@@ -182,7 +182,10 @@ def verdict(card: int, found: Plan, config: Config) -> str:
         return f"no, training takes {found.training / GB:.1f} GB: {change}"
     text = "yes"
     if vllm:
-        share = largest_share(card * GB, card * GB, found.resident)  # vllm_memory = "auto"
+        most = largest_share(card * GB, card * GB, found.resident)
+        share = most if config.vllm_memory == "auto" else config.vllm_memory
+        if share > most:
+            return f"no, beside weights and optimizer fits vllm_memory = {most:.2f} at most"
         free = share * card * GB - found.vllm_least
         if free < 0:
             return f"no, vLLM needs {found.vllm_least / GB:.1f} GB and gets {share * card:.1f}: more GPUs"

@@ -54,7 +54,7 @@ RANK = int(os.environ.get("RANK", 0))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 
-# ---- Stages --------------------------------------------------------------------------------------------------------
+
 # A stage is a generator of rows: check, passed (None if left out), figures. `options.words` are the config's fields.
 
 
@@ -146,6 +146,7 @@ def check_run(options):
     passed = max(asleep) - min(asleep) < 0.1 if asleep else None
     yield "memory asleep stays", passed, ", ".join(f"{gib:.2f} GiB" for gib in asleep) or "vLLM sleeps on a GPU only"
 
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in run.model.parameters():
             shard = models.local(parameter)
@@ -219,8 +220,6 @@ STAGES = {"machine": check_machine, "attention": check_attention, "lens": check_
 ALONE = [*STAGES, "export"]  # in one process; the others in all
 STAGES |= {"run": check_run, "resume": check_resume, "resume again": check_resume_again, "export": check_export}
 STAGES["lora"] = check_lora
-
-# ---- All of them ---------------------------------------------------------------------------------------------------
 
 
 def say(options, text):
