@@ -41,7 +41,8 @@ from support import models, problems, processes
 from support.grader import Grader, extract_boxed
 from support.processes import rank, world
 from support.run_folder import commit, open_folder, read_line, write_atomically
-from support.settings import Count, Parser, Share, Text, UserError, derive_seed, one_line
+from support.settings import Parser, UserError, derive_seed, one_line
+from support.types import Count, Share, Text
 
 KEY = ("benchmark", "row", "sample")  # fields that identify a sample
 

@@ -86,18 +86,8 @@ from support.hf_sampler import HfSampler, Sample
 from support.kernels import add_product, chunked_logits, lens_rows, log_ratios, product_dtype
 from support.problems import Problem
 from support.processes import TrainingError, from_rank_0, gather, rank, say, world
-from support.settings import (
-    AboveOne,
-    AtLeastOne,
-    Count,
-    NotNegative,
-    Positive,
-    Share,
-    Text,
-    UserError,
-    derive_seed,
-    load_settings,
-)
+from support.settings import UserError, derive_seed, load_settings
+from support.types import AboveOne, AtLeastOne, Count, NotNegative, Positive, Share, Text
 from support.vllm_engine import repack_tied_head, start_engine
 
 VERSION = "0.5"

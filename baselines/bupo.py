@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
 from oisd import Config, LossSums, PackedBatch
 from support import processes
-from support.settings import AtLeastOne, UserError
+from support.settings import UserError
+from support.types import AtLeastOne
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})

@@ -38,7 +38,8 @@ from oisd import Config, LossSums, PackedBatch, Rollout, TappedModel
 from support import problems, processes
 from support.kernels import log_ratios
 from support.problems import Problem
-from support.settings import AtLeastOne, NotNegative, Text, UserError
+from support.settings import UserError
+from support.types import AtLeastOne, NotNegative, Text
 
 TEMPLATE = """{question}
 

@@ -34,7 +34,7 @@ import oisd
 from baselines.estimators import whiten
 from oisd import Config, LossSums, PackedBatch, Rollout, TappedModel
 from support import processes
-from support.settings import NotNegative, Positive
+from support.types import NotNegative, Positive
 
 Unit = Annotated[float, pydantic.Field(ge=0, le=1)]
 

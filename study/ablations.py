@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
 from support import processes
-from support.settings import Count
+from support.types import Count
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})

@@ -252,10 +252,12 @@ def differences(lines, baseline):
     both = lines.merge(baseline, on="seed", suffixes=("", "_base"))
     gains = 100 * (both["after"] - both["after_base"]).dropna()
     areas = 100 / both["area_base"].mean() * (both["area"] - both["area_base"])
-    points, area = (f"{d.mean():+.1f} ± {t_interval(d):.1f}" if len(d) > 1 else "" for d in (gains, areas))
-    if area:
-        area += " [{:+.1f}, {:+.1f}]".format(*bootstrap(areas))
-    return f"{points} | {area}"
+    shown = []
+    for values in (gains, areas):
+        shown.append(f"{values.mean():+.1f} ± {t_interval(values):.1f}" if len(values) > 1 else "")
+    if shown[1]:
+        shown[1] += " [{:+.1f}, {:+.1f}]".format(*bootstrap(areas))
+    return " | ".join(shown)
 
 
 LEGEND = """Mean ± standard deviation over seeds; differences to {baseline}
@@ -296,8 +298,11 @@ def report(path):
         print("\n| row | think JS | attention JS | entropy | student entropy ", end="")
         print("| half right at | think JS largest at | moved % |\n|---|---|---|---|---|---|---|---|")
         for row, lines in rows.items():
-            means = lines.mean(numeric_only=True).map("{:.3f}".format).replace("nan", "-")
-            cells = [" ".join(means[[f"{name}_first", f"{name}_peak", f"{name}_last"]]) for name in LAYERS]
+            means = lines.mean(numeric_only=True)
+            cells = []
+            for name in LAYERS:
+                values = [means[f"{name}_{when}"] for when in ("first", "peak", "last")]
+                cells.append(" ".join(f"{value:.3f}" for value in values).replace("nan", "-"))
             cells += lines[["half_right_at", "think_js_largest_at"]].apply(spread).to_list()
             print(f"| {row} | {' | '.join(cells)} | {spread(100 * lines['moved_weights'])} |")
     between = []

@@ -21,18 +21,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
-from pydantic import Field
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Ranges, for pydantic.
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 class UserError(Exception):

@@ -31,8 +31,11 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     words = [f"--config={ROOT}/configs.toml:tiny", *toy_arguments(toy, "", checkpoint_every=1)[2:]]
     fields = [word[2:].replace("=", ' = "', 1) + '"' for word in words if word[2:5] not in ("out", "num", "tes")]
     text = SPEC.replace("FIELDS", ", ".join(fields)).replace("DATA", f'"{toy}/train.jsonl"')
-    spec, runs, launched, both = tmp_path / "study.toml", tmp_path / "runs" / "study", [], threading.Barrier(2)
+    spec = tmp_path / "study.toml"
     spec.write_text(text)
+    runs = tmp_path / "runs" / "study"
+    launched = []
+    both = threading.Barrier(2)
 
     def main(*options, call):
         launched.clear()
@@ -204,5 +207,7 @@ def test_the_rule_reads_the_residual_stream_around_each_ffn(family):
 
 
 def test_the_rule_takes_the_last_positive_layer_below_the_teacher():
-    before, with_norm, without = [1.0] * 4, [1.5, 1.25, 0.75, 2.0], [0.5, 0.25, 0.75, 2.0]
+    before = [1.0] * 4
+    with_norm = [1.5, 1.25, 0.75, 2.0]
+    without = [0.5, 0.25, 0.75, 2.0]
     assert lens.report(torch.tensor([[before, with_norm], [before, without]])) == [2, 0]
