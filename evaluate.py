@@ -183,7 +183,8 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
         changed = [name for name in here | there if here.get(name) != there.get(name)]
         if changed:
             parts = [f"{name} is {here.get(name)}, there {there.get(name)}" for name in changed]
-            raise UserError(f"{folder} holds other samples: {'; '.join(parts)}; name another one")
+            text = "; ".join(parts)
+            raise UserError(f"{folder} holds other samples: {text}; name another --output_dir")
     elif any(folder.glob("samples*.jsonl")):
         raise UserError(f"{folder} has samples, but no settings.json: name another --output_dir")
     first_prompt = tokenizer.decode(next(iter(wanted.values())).prompt_ids)
@@ -272,9 +273,8 @@ def cell(entry: tuple | None) -> str:
 def markdown(rows: list) -> str:
     """Format a table whose first row is its head. Columns are aligned for the terminal."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|\n")
-    return "".join(lines)
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 
 def report(summary: dict) -> str:

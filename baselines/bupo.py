@@ -33,8 +33,7 @@ class BupoConfig(Config):
     program: ClassVar[str] = "baselines/bupo.py"
     table: ClassVar[str] = "tiny_bupo"
     # BuPO
-    student_layer: AtLeastOne = 6  # the inner layer, counted from 1
-    policy_layer_steps: AtLeastOne = 30  # steps that optimize the inner layer's policy
+    policy_layer_steps: AtLeastOne = 30  # steps that optimize the policy of `student_layer`
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -172,16 +172,11 @@ def table(places: Iterable[Opened], options) -> None:
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     bar = figure.colorbar(image, location="top", shrink=0.6, aspect=40, ticks=[least, most])
     bar.outline.set_visible(False)
-    figure.supxlabel(f"{question(first, problem)}   gold: {problem.answer}", fontsize=8, parse_math=False)
+    question = " ".join(first.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).split())
+    figure.supxlabel(f"… {question[-60:]}   gold: {problem.answer}", fontsize=8, parse_math=False)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=110)
     print(options.output)
-
-
-def question(opened: Opened, problem) -> str:
-    """The end of a prompt, in one line."""
-    lines = opened.tokenizer.decode(problem.prompt_ids, skip_special_tokens=True).strip().splitlines()
-    return "… " + " / ".join(line.strip() for line in lines if line.strip())[-60:]
 
 
 def layers(places: Iterable[Opened], options) -> None:
