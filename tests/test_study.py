@@ -49,6 +49,7 @@ def test_a_sweep_runs_what_is_missing_and_reports_from_its_files(toy, tmp_path, 
     monkeypatch.setattr(sweep, "RUNS", runs.parent)
     code, _, shown = main("--jobs", "2", "--only", "short-grpo-1,long", call=lambda *_, **__: both.wait(20))
     assert code == 1 and f"1 of 2: long-oisd-0 is NOT FINISHED, see {runs}/long-oisd-0.log" in shown
+    assert "has no row, setting or run nothing" in main("--only", "grpo,nothing", call=train)[2]
     stopped = MagicMock(side_effect=KeyboardInterrupt)
     assert "sweep: stopped; the same command continues" in main("--launcher", "accelerate launch", call=stopped)[2]
     assert stopped.call_args.args[0][:3] == ["accelerate", "launch", "oisd.py"]
