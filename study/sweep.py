@@ -120,7 +120,7 @@ def read_spec(path):
         if row not in shared.get("rows", rows) or setting not in own.get("settings", settings):
             continue
         both = {"program": "oisd.py"} | spec | shared | own
-        if "config" not in both or not isinstance(both.get("seeds"), int):
+        if "config" not in both or not isinstance(both.get("seeds"), int) or both["seeds"] < 1:
             raise UserError(f"{path}: row {row} lacks its table, as in: config = 'configs.toml:tiny', or its seeds")
         fields = ""
         for name, value in both.items():

@@ -73,7 +73,8 @@ def prompt_ids(
     to the template as `enable_thinking`. Raises: UserError if the template refuses the messages.
     """
     messages = as_messages(question)
-    complete = [m for m in messages if isinstance(m, dict) and m.get("role") and m.get("content")]
+    complete = [m for m in messages if isinstance(m, dict) and m.get("content")]
+    complete = [m for m in complete if isinstance(m.get("role"), str)]
     if not messages or len(complete) < len(messages):
         raise UserError(f"question {question!r} is neither a text nor a list of messages")
     if not system_prompt:

@@ -24,6 +24,7 @@ Accelerator.end_training = lambda self: None  # the group serves all runs
 train = oisd.train
 def watched(run):
     parameters = list(run.model.parameters())
+    assert all(p.dtype == torch.float32 for p in parameters if p.requires_grad)
     assert sum(p.to_local().numel() for p in parameters) < 0.51 * sum(p.numel() for p in parameters)
     def look(layer, inputs, output):
         assert output.dtype == getattr(torch, run.config.dtype), output.dtype
