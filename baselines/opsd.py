@@ -66,8 +66,7 @@ class OpsdConfig(Config):
             raise UserError("think_weight = 0: it is the weight of OPSD's loss")
         if self.attention_weight:
             raise UserError(f"attention_weight = {self.attention_weight}: OPSD has none, set it 0")
-        foreign = "importance_cap lens_grad lens_norm internal_mean policy_weight"
-        for name in foreign.split():
+        for name in "importance_cap lens_grad lens_norm internal_mean policy_weight".split():
             value, default = getattr(self, name), getattr(Config, name)
             if value != default:
                 raise UserError(f"{name} = {value!r}: OPSD does not use it, leave it {default!r}")

@@ -62,8 +62,7 @@ class ActorCritic(TappedModel):
 
     @property
     def units(self) -> list[nn.Module]:
-        children = self.critic.children()
-        stacks = [module for module in children if isinstance(module, nn.ModuleList)]
+        stacks = [module for module in self.critic.children() if isinstance(module, nn.ModuleList)]
         return [*self.layers, *(layer for stack in stacks for layer in stack)]
 
     def parameter_groups(self) -> list[dict[str, Any]]:

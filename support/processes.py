@@ -104,8 +104,7 @@ def split_by_size(sizes: Sequence[int], limit: int, ranks: int = 1) -> list[list
     longest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     count = ranks * math.ceil(sum(sizes) / (limit * ranks))
     while True:
-        batches: list[tuple[int, int, list[int]]]  # a heap of (size, number, indices)
-        batches = [(0, number, []) for number in range(count)]
+        batches = [(0, number, []) for number in range(count)]  # heap of (size, number, indices)
         for index in longest_first:
             size, number, indices = batches[0]
             indices.append(index)

@@ -251,9 +251,7 @@ def load_checkpoint(
 def abandon(folder: Path, step: int) -> None:
     """Move output of steps after `step`, and lines cut short by a crash, to `abandoned/`."""
     metrics, attic = folder / "metrics.jsonl", folder / "abandoned"
-    lines = (
-        metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    )
+    lines = metrics.read_text("utf-8").splitlines(keepends=True) if metrics.exists() else []
     kept = [line for line in lines if read_line(line).get("step", step + 1) <= step]
     rest = [line for line in lines if line not in kept]
     rollouts = [path for path in folder.glob("rollouts/step_*.jsonl") if int(path.stem[5:]) > step]

@@ -223,9 +223,8 @@ def main():
     add("--repeats", type=int, default=5)
     add("--only", help="some sides, separated by commas")
     add("--csv", help="file to append the rows to")
-    add("--tokens", type=int, default=1024, help="of the lens pass")
-    add("--hidden", type=int, default=1024, help="of the lens pass")
-    add("--vocabulary", type=int, default=151_936, help="of the lens pass")
+    for name, size in (("tokens", 1024), ("hidden", 1024), ("vocabulary", 151_936)):
+        add(f"--{name}", type=int, default=size, help="of the lens pass")
     add("--chunk", type=int, default=256, help="tokens whose logits exist at the same time")
     add("--real", type=int, default=60, help="percentage of the padded tokens that are real, about; 20 to 100")
     options = parser.parse_args()
