@@ -32,15 +32,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pydantic
+import torch
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
 
 import oisd
 from oisd import Tokenizer
 from support import models, problems, processes
 from support.grader import Grader, extract_boxed
 from support.processes import rank, world
-from support.run_folder import commit, open_folder, read_line, write_atomically
+from support.run_folder import commit, differences, open_folder, read_line, write_atomically
 from support.settings import Parser, UserError, derive_seed, one_line
 from support.types import Count, Share, Text
 
@@ -92,16 +92,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return (subsets - math.comb(n - c, k)) / subsets
 
 
-def estimate(values: Sequence[float]) -> tuple[float, float]:
-    """Average over problems, with the standard error, which is nan for a single problem."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def estimate(values: Sequence[float]) -> tuple[float, float | None]:
+    """Average over problems, with the standard error, which is unknown for a single problem."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return fmean(values), error
 
 
-def macro(estimates: Sequence[tuple]) -> tuple:
+def macro(estimates: Sequence[tuple]) -> tuple[float, float | None]:
     """Average benchmarks with equal weights, as the paper does. Their errors are independent."""
     values, errors = zip(*estimates)
-    return fmean(values), math.hypot(*errors) / len(errors)
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return fmean(values), error
 
 
 def score(rows: list[dict], K: int, ks: list[int]) -> dict:
@@ -126,7 +127,10 @@ def find_benchmarks(config: Config) -> dict[str, Benchmark]:
         source = source or benchmark.source
         if not name or not source or name in found:
             known = ", ".join(BENCHMARKS)
-            raise UserError(f"--benchmarks: {word!r} is not NAME=SOURCE or, once, one of {known}")
+            raise UserError(
+                f"--benchmarks: {word!r} is not NAME=SOURCE or, once, one of {known}; "
+                "a comma separates benchmarks, so none may be in a file's name"
+            )
         found[name] = dataclasses.replace(benchmark, source=source)
     return found
 
@@ -144,7 +148,7 @@ def load_benchmark(benchmark: Benchmark, tokenizer: Tokenizer, config: Config, g
     prompt = config.system_prompt, config.thinking
     loaded, _ = problems.load_problems(source, tokenizer, *names, *prompt, sys.maxsize)
     if rank() == 0:
-        problems.check_golds(loaded, grader)
+        problems.check_golds(source, loaded, grader)
     return loaded[: config.limit or None], f"{len(pairs)} rows, SHA-256 {sha256}"
 
 
@@ -166,25 +170,15 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
     template = str(tokenizer.chat_template).encode()
     held = {name: getattr(config, name) for name in SAMPLING}
     held["chat_template"] = hashlib.sha256(template).hexdigest()
-    if not Path(config.model).is_dir():
-        model_commit = AutoConfig.from_pretrained(config.model)._commit_hash
-        held["model"] = f"{config.model}, commit {model_commit}"
-    for path in sorted(Path(config.model).glob("*")):
-        if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
-            with path.open("rb") as file:
-                held[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    held |= models.file_hashes(config.model)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.exists():
         before = json.loads(path.read_bytes())["held"]
         data = {name: value for name, value in before.items() if name.startswith("data ")} | data
-        here = held | data  # either may have more benchmarks
-        there = data | before
-        changed = [name for name in here | there if here.get(name) != there.get(name)]
-        if changed:
-            parts = [f"{name} is {here.get(name)}, there {there.get(name)}" for name in changed]
-            text = "; ".join(parts)
-            raise UserError(f"{folder} holds other samples: {text}; name another --output_dir")
+        # either may have more benchmarks
+        if changed := differences(held | data, data | before):
+            raise UserError(f"{folder} holds other samples: {changed}; name another --output_dir")
     elif any(folder.glob("samples*.jsonl")):
         raise UserError(f"{folder} has samples, but no settings.json: name another --output_dir")
     first_prompt = tokenizer.decode(next(iter(wanted.values())).prompt_ids)
@@ -199,13 +193,12 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
 
 def draw(config: Config, tasks: list, tokenizer: Tokenizer, folder: Path, device):
     """Draw this rank's share of (key, problem) tasks, a line each: -> the sampler, to be closed."""
-    try:
-        generation = GenerationConfig.from_pretrained(config.model)
-    except OSError:  # not every model has one
-        model_config = AutoConfig.from_pretrained(config.model)
-        generation = GenerationConfig.from_model_config(model_config)
-    end_ids = problems.end_token_ids(generation, tokenizer)
+    generation_config = models.read_generation_config(config.model)
+    rows = models.read_config(config.model).vocab_size
+    end_ids = problems.end_token_ids(generation_config, tokenizer, rows)
     if config.sampler == "vllm":
+        if rank() == 0:  # only to check the weights
+            models.load_weights(config.model, getattr(torch, config.dtype), "sdpa")
         sampler = oisd.VllmSampler(config, end_ids, device, sleeps=False)
     else:
         model, _ = oisd.load_model(config)
@@ -258,7 +251,7 @@ def summarize(folder: Path, grader: Grader) -> None:
         "settings": settings,
     }
     table = report(summary)
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     write_atomically(folder / "table.md", table)
     print(f"\n{table}\n-> {folder}")
 
@@ -267,7 +260,10 @@ def summarize(folder: Path, grader: Grader) -> None:
 
 
 def cell(entry: tuple | None) -> str:
-    return "{:.2f} ± {:.2f}".format(*entry) if entry else "-"
+    if entry is None:
+        return "-"
+    value, error = entry
+    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
 
 
 def markdown(rows: list) -> str:

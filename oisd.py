@@ -90,7 +90,7 @@ from support.settings import UserError, derive_seed, load_settings
 from support.types import AboveOne, AtLeastOne, Count, NotNegative, Positive, Share, Text
 from support.vllm_engine import repack_tied_head, start_engine
 
-VERSION = "0.5"
+VERSION = "0.6"
 
 # ---- Config ------------------------------------------------------------------------------------
 
@@ -138,6 +138,7 @@ class Config:
     clip_low: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2  # ratios are clipped at 1 - this
     clip_high: NotNegative = 0.2  # importance ratios are clipped above at 1 + clip_high
     dual_clip: AboveOne = 10.0  # largest loss where A < 0, as a multiple of |A|
+    mask_truncated: bool = False  # leave truncated responses out of every loss
     policy_weight: NotNegative = 1.0  # weight of L_GRPO; 0 trains the internal losses only
     # OISD
     student_layer: AtLeastOne = 6  # l, counted from 1; the last layer is the teacher
@@ -1150,6 +1151,7 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
     """Make the step's optimizer updates, one per mini-batch of prompts: -> its metrics.
 
     Losses and gradient norm are averaged over updates, all else over tokens or decoding steps.
+    Without any response to learn from (`mask_truncated`), there is no update, and no metrics.
     """
     run.model.train()  # for activation checkpointing; there is no dropout
     size = run.config.mini_batch_prompts * run.config.group_size
@@ -1157,6 +1159,10 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
     totals: dict[str, Tensor] = {}
     for start in range(0, len(rollouts), size):
         chosen = rollouts[start : start + size]
+        if run.config.mask_truncated:  # N, S and R do not count them; advantages do
+            chosen = [rollout for rollout in chosen if rollout.finish_reason != "length"]
+        if not chosen:
+            continue
         losses, sums = accumulate_gradients(run, chosen, run.config.max_tokens_per_gpu)
         norms = clip_gradients(run)
         if not all(map(math.isfinite, norms)):
@@ -1169,7 +1175,7 @@ def update_policy(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float | No
     metrics: dict[str, float | None] = {}
     for name, (total, count) in totals.items():
         metrics[name] = (total / count).item() if count else None
-    for name in updates[0]:
+    for name in updates[0] if updates else ():
         metrics[name] = statistics.fmean(update[name] for update in updates)
     return metrics
 
@@ -1301,7 +1307,7 @@ def prepare(name: str, config: Config, method: Method = Method()) -> Run:
         accelerator = processes.make_accelerator(folder or Path("runs"), 1, config.tracker)
         run = assemble(config, from_rank_0(lambda: folder), accelerator, method)
         if config.resume:
-            parts = run.model, run.optimizer, run.state, config.lora_rank > 0
+            parts = run.model, run.optimizer, run.state, config.lora_rank > 0, config.program
             run.state = run_folder.load_checkpoint(run.folder, *parts)
         if rank() == 0:
             # "auto" stays: a resumed run may have other GPUs.
@@ -1332,7 +1338,8 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     held_out = held_out[: config.eval_problems or None]
     grader = Grader(workers=config.grader_workers, seconds=config.grader_seconds)
     if rank() == 0:
-        problems.check_golds(training + held_out, grader)
+        problems.check_golds(config.train_data, training, grader)
+        problems.check_golds(config.test_data, held_out, grader)
     found = f"{len(training)} training problems, {too_long} too long"
     say(f"{found}; {len(held_out)} held out, {left_out} too long")
     say(f"the first prompt:\n---\n{tokenizer.decode(training[0].prompt_ids)}\n---")
@@ -1340,7 +1347,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     # Load and check the full model on rank 0's CPU. With FSDP2 the others start from an empty one.
     sharded = dist.is_initialized()
     source, facts = load_source(config, method, tokenizer, folder, sharded)
-    export_dtype, generation_config, end_ids = facts
+    export_dtype, generation_config, end_ids, hashes = facts
     model = method.model(load_model(config, empty_on="meta")[0], config) if sharded else source
 
     # Start the engine while the device is empty.
@@ -1382,8 +1389,12 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
         state={
             "step": 0,
             "held_out": {},  # accuracy by step
-            "train_data": problems.fingerprint(training),
-            "test_data": problems.fingerprint(held_out),
+            "inputs": {
+                "train_data": problems.fingerprint(training),
+                "test_data": problems.fingerprint(held_out),
+                "end_tokens": end_ids,
+                **hashes,
+            },
         },
         start_images=models.bfloat16_images(model),
     )
@@ -1394,7 +1405,8 @@ def load_source(
 ) -> tuple[TappedModel | None, tuple]:
     """Load and check the model on rank 0: -> it, None elsewhere, and what all ranks need of it.
 
-    That is the dtype of its files, its generation config and its end tokens. Raises: UserError.
+    That is the dtype and hashes of its files, its generation config and its end tokens.
+    Raises: UserError.
     """
     source, facts = None, []
     if rank() == 0:
@@ -1408,8 +1420,13 @@ def load_source(
             check(source)
         schedule = config.num_steps, config.checkpoint_every, config.checkpoints_kept
         run_folder.check_disk(folder, source, export_dtype, *schedule)
-        end_ids = problems.end_token_ids(loaded.generation_config, tokenizer)
-        facts = [(export_dtype, loaded.generation_config, end_ids)]
+        generation_config = models.read_generation_config(config.model)
+        rows = len(loaded.get_input_embeddings().weight)
+        end_ids = problems.end_token_ids(generation_config, tokenizer, rows)
+        models.drop_invalid(generation_config)
+        parts = loaded, export_dtype, generation_config, tokenizer
+        run_folder.rehearse_export(folder, full_weights(loaded, export_dtype), *parts)
+        facts = [(export_dtype, generation_config, end_ids, models.file_hashes(config.model))]
     return source, gather(facts)[0]
 
 
@@ -1438,8 +1455,9 @@ def report_accuracy(run: Run) -> None:
     run.accelerator.log({"held_out_accuracy": score["accuracy"]}, step=step)
     if rank() == 0:
         run_folder.write_atomically(run.folder / "held_out.json", json.dumps(scores) + "\n")
-    percent = "{accuracy:.1%} (standard error {standard_error:.1%})".format(**score)
-    say(f"held-out accuracy after step {step}: {percent}")
+    error = score["standard_error"]
+    error = "unknown" if error is None else f"{error:.1%}"
+    say(f"held-out accuracy after step {step}: {score['accuracy']:.1%} (standard error {error})")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -1467,8 +1485,8 @@ def train(run: Run) -> None:
             run.signals.check()
 
     weights = full_weights(run.model.model, run.export_dtype)
-    parts = run.generation_config, run.tokenizer
-    final = run_folder.export(run.folder, run.model.model, weights, run.export_dtype, *parts)
+    parts = run.model.model, run.export_dtype, run.generation_config, run.tokenizer
+    final = run_folder.export(run.folder, weights, *parts)
     say(f"trained model: {final}; curves: {run.folder / 'curves.png'}")
     if failures := sum(gather([run.grader.failures])):
         say(f"grading: {failures} responses ran out of time or memory and scored 0")

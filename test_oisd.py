@@ -650,6 +650,23 @@ def test_updates_are_clipped_steps_on_mini_batches():
     torch.testing.assert_close([*model.parameters()], [*other.parameters()], **SINGLE)
 
 
+def test_truncated_responses_can_be_left_out():
+    """The update is that of the others alone; without others there is none, not even a decay."""
+    config = with_config(group_size=4, mini_batch_prompts=2, mask_truncated=True)
+    rollouts, model, other = random_rollouts(8), random_model(), random_model()
+    for rollout in rollouts[::2]:
+        rollout.finish_reason = "length"
+    run = run_of(model, config, torch.optim.SGD(model.parameters(), lr=1.0))
+    oisd.update_policy(run, rollouts)
+    run = run_of(other, config, torch.optim.SGD(other.parameters(), lr=1.0))
+    oisd.update_policy(run, rollouts[1::2])
+    torch.testing.assert_close([*model.parameters()], [*other.parameters()], **SINGLE)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    run = run_of(model, config, torch.optim.AdamW(model.parameters(), weight_decay=1.0))
+    assert oisd.update_policy(run, rollouts[::2]) == {}
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
 # ---- The response mask ---------------------------------------------------------------------------
 
 

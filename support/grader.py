@@ -227,10 +227,11 @@ class Grader:
         return [float(self._known.get(pair, False)) for pair in pairs]
 
     def check_golds(self, answers: list[str]) -> list[int]:
-        """Return the rows whose parsed gold does not equal itself: no response could pass."""
+        """Return the rows that no response can match: a boxed copy fails, or math-verify does."""
+        copies = self.grade([rf"\boxed{{{answer}}}" for answer in answers], answers)
         golds = [clean_answer(answer) for answer in answers]
         verdicts = self._verdicts([(gold, gold) for gold in dict.fromkeys(golds)])
-        return [row for row, gold in enumerate(golds) if not verdicts[gold, gold]]
+        return [row for row, gold in enumerate(golds) if not (copies[row] and verdicts[gold, gold])]
 
     def _verdicts(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
         with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    logging,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.processes import gather, say
-from support.settings import UserError, derive_seed, one_line
+from support.settings import UserError, derive_seed, one_line, type_and_message
+
+logging.disable_progress_bar()  # a bar for each loading and writing
 
 
 def check_packages(attention: str, tracker: str, lora_rank: int) -> None:
@@ -27,15 +40,110 @@ def check_packages(attention: str, tracker: str, lora_rank: int) -> None:
             raise UserError(f"these settings need {name}: pip install {name}")
 
 
+# ---- Files -------------------------------------------------------------------------------------
+
+
+def check_folder(model: str) -> None:
+    """Check that a local model is there and its files are whole. Raises: UserError."""
+    folder = Path(model)
+    where = f"model = {model!r}"
+    if not folder.is_dir():
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:  # no name on the Hub
+            raise UserError(
+                f"{where}: there is no such folder; to resume a run, put its model back"
+            )
+        return
+    if not (folder / "config.json").is_file():
+        final = folder / "final"
+        hint = f": name {final}" if final.is_dir() else ""
+        raise UserError(f"{where} has no config.json, so it is not a model{hint}")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{where} is an adapter of PEFT: merge it into its base model first")
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.open("rb").read(23) == b"version https://git-lfs":
+            raise UserError(f"{where}: {path.name} is a Git LFS pointer: run git lfs pull there")
+        if path.suffix == ".safetensors":
+            try:
+                file = safe_open(path, "pt")  # reads the header and compares sizes
+            except SafetensorError as problem:
+                reason = f"{path.name} is damaged: {one_line(problem)}"
+                raise UserError(f"{where}: {reason}; copy it again") from None
+            names = file.keys()
+            types = {file.get_slice(name).get_dtype() for name in names}
+            if quantized := types & {"I8", "U8", "F8_E4M3", "F8_E5M2"}:
+                raise UserError(f"{where}: {path.name} has quantized weights, {min(quantized)}")
+
+
+def load_failure(problem: Exception) -> str:
+    """Describe why a library could not load files, without the fixes it suggests."""
+    if "trust_remote_code" in str(problem):
+        return "it needs trust_remote_code: only architectures of Transformers are supported"
+    if isinstance(problem, pickle.UnpicklingError):
+        return "a file of weights is damaged: copy it again"
+    return type_and_message(problem)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """Read a model's config.json. Raises: UserError, also for models that cannot be trained."""
+    check_folder(model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as problem:  # files of any kind, read by third-party code
+        raise UserError(f"model = {model!r} cannot be loaded: {load_failure(problem)}") from None
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"model = {model!r} is quantized: use the model that it was made from")
+    return config
+
+
+def read_generation_config(model: str) -> GenerationConfig:
+    """Read generation_config.json, or the same from config.json if there is none.
+
+    Raises: UserError if it cannot be read.
+    """
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except Exception as problem:  # files of any kind, read by third-party code
+        missing = isinstance(problem, OSError) and "valid JSON" not in str(problem)
+        if not missing:
+            reason = type_and_message(problem)
+            raise UserError(f"model = {model!r}: generation_config.json: {reason}") from None
+    return GenerationConfig.from_model_config(read_config(model))
+
+
+def drop_invalid(generation_config: GenerationConfig) -> None:
+    """Unset the fields that Transformers reads but refuses to write, such as an unused top_p."""
+    try:
+        generation_config.validate(strict=True)
+    except ValueError as problem:
+        fields = generation_config.to_diff_dict()
+        names = sorted(name for name in fields if f"- `{name}`:" in str(problem))
+        for name in names:
+            setattr(generation_config, name, None)
+        say(f"generation_config.json: left out of final/, as Transformers does: {', '.join(names)}")
+
+
+def file_hashes(model: str) -> dict[str, str]:
+    """Hash what a model is made of: -> start of SHA-256 by file name, or its commit on the Hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {model: f"commit {AutoConfig.from_pretrained(model)._commit_hash}"}
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashes
+
+
+# ---- Models ------------------------------------------------------------------------------------
+
+
 def check_model_config(model: str, student_layer: int, longest_row: int, prompt_limit: str) -> None:
     """Read a model's config and check what needs no weights. Raises: UserError.
 
     `longest_row`: tokens that positions must exist for, `prompt_limit` + max_response_tokens.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"model = {model!r} cannot be loaded: {one_line(problem)}") from None
+    config = read_config(model)
     layers = getattr(config, "num_hidden_layers", None)
     if layers is None:
         raise UserError(f"model = {model!r} is a {config.model_type}: name its text model")
@@ -51,6 +159,67 @@ def check_model_config(model: str, student_layer: int, longest_row: int, prompt_
         )
 
 
+def load_weights(
+    name: str, dtype: torch.dtype, attention: str
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """Load a causal language model: -> it, and the dtype of its files, which exports keep.
+
+    Transformers fills missing weights at random and ignores those it does not know. Here both are
+    a UserError, like other shapes and weights that are not finite.
+    """
+    try:
+        files_dtype = check_headers(name)
+        settings = {"dtype": dtype, "attn_implementation": attention}
+        model = AutoModelForCausalLM.from_pretrained(name, **settings)
+    except UserError:
+        raise
+    except Exception as problem:  # files of any kind, read by third-party code
+        raise UserError(f"model = {name!r} cannot be loaded: {load_failure(problem)}") from None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise UserError(
+            f"model = {name!r}: its head differs from its embedding, but config.json ties them: "
+            "set tie_word_embeddings to false there"
+        )
+    for weight, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"model = {name!r}: the weight {weight} is not finite")
+    return model, files_dtype
+
+
+def check_headers(name: str) -> torch.dtype:
+    """Check that a model's files have its weights, no others, and in its shapes: -> their dtype.
+
+    Only the headers are read. Raises: UserError.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the UserError says it in one line
+    try:
+        empty, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto",  # config.json's, or else that of the first weight
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    kinds = {
+        "missing": found["missing_keys"],
+        "unexpected": found["unexpected_keys"],
+        "mismatched": {weight for weight, *_ in found["mismatched_keys"]},
+    }
+    parts = [
+        f"{kind} weights ({len(weights)}, such as {min(weights)})"
+        for kind, weights in kinds.items()
+        if weights
+    ]
+    if parts:
+        fix = "its config.json and its weights do not fit"
+        raise UserError(f"model = {name!r} has {' and '.join(parts)}: {fix}")
+    return empty.dtype
+
+
 def load_model(
     name: str,
     dtype: str,
@@ -60,22 +229,20 @@ def load_model(
     seed: int,
     empty_on: str = "",
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """Load a causal language model: -> it, and the dtype of its files, which exports keep.
+    """Load a causal language model to train: -> it, and the dtype of its files.
 
     Trained weights are float32. With `lora_rank`, frozen ones have `dtype`. With `empty_on`, the
     model has no weights and is on that device. `seed`: of the adapters. Raises: UserError.
     """
     weights_dtype = getattr(torch, dtype) if lora_rank else torch.float32
-    settings = {"dtype": weights_dtype, "attn_implementation": attention}
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if empty_on:
-            with torch.device(empty_on):
-                model = AutoModelForCausalLM.from_config(config, **settings)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **settings)
-    except (OSError, ValueError, ImportError) as problem:
-        raise UserError(f"model = {name!r} cannot be loaded: {one_line(problem)}") from None
+    if empty_on:
+        config = read_config(name)
+        files_dtype = config.dtype or torch.float32
+        settings = {"dtype": weights_dtype, "attn_implementation": attention}
+        with torch.device(empty_on):
+            model = AutoModelForCausalLM.from_config(config, **settings)
+    else:
+        model, files_dtype = load_weights(name, weights_dtype, attention)
     if recompute_layers and not model.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} cannot recompute: set recompute_layers = 0")
     remove_dropout(model)
@@ -85,7 +252,7 @@ def load_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if recompute_layers != "all":
             recompute_some(model, int(recompute_layers))
-    return model, config.dtype or torch.float32
+    return model, files_dtype
 
 
 def recompute_some(model: PreTrainedModel, count: int) -> None:

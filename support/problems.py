@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,8 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from support.grader import Grader
-from support.settings import UserError, derive_seed, nearest, one_line
+from support.models import load_failure, read_config
+from support.settings import UserError, derive_seed, nearest, one_line, type_and_message
 
 Question = str | list[dict]  # a text, or a list of chat messages
 
@@ -25,8 +31,21 @@ class Problem:
     answer: str  # gold
 
 
-def read_dataset(source: str):
-    """Load `name[[:configuration]:split]`, a local file or an https address: -> datasets.Dataset.
+# ---- Files -------------------------------------------------------------------------------------
+
+SUFFIXES = (".parquet", ".json", ".jsonl", ".csv", ".tsv")
+COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+def file_type(source: str) -> str:
+    """Return the suffix of a dataset's file, without that of its compression; "" if unknown."""
+    path = Path(source.partition("?")[0].lower())
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    return suffix if suffix in SUFFIXES else ""
+
+
+def read_dataset(source: str) -> Sequence[dict]:
+    """Load `name[[:configuration]:split]`, a local file or an https address: -> its rows.
 
     Raises: UserError.
     """
@@ -34,26 +53,86 @@ def read_dataset(source: str):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the UserError reports it
-    loaders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-    suffix = Path(source.split("?")[0]).suffix
-    local = suffix in loaders and "://" not in source
-    if local and not Path(source).is_file():
+    suffix = file_type(source)
+    local = "://" not in source
+    if suffix and local and not Path(source).is_file():
         raise UserError(f"dataset {source!r}: there is no such file")
-    if local and not Path(source).stat().st_size:
+    if suffix and local and not Path(source).stat().st_size:
         raise UserError(f"dataset {source!r} is empty")
+    if not suffix and (not local or Path(source.partition(":")[0]).is_file()):
+        names = ", ".join(SUFFIXES)
+        raise UserError(f"dataset {source!r}: a file's name must end in {names}, or that and .gz")
     try:
-        if suffix in loaders:
-            return datasets.load_dataset(loaders[suffix], data_files=source, split="train")
-        name, *rest = source.split(":")
-        return datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train")
+        if suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=source, split="train")
+        if not suffix:
+            name, *rest = source.split(":")
+            return datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train")
+        path = datasets.DownloadManager().download_and_extract(source)
+        return parse_rows(Path(path).read_bytes(), suffix)
+    except UserError as problem:
+        raise UserError(f"dataset {source!r}, {problem}") from None
     except Exception as problem:  # datasets raises a dozen types here
         cause = problem.__cause__ or problem  # its own message says only that an error occurred
-        reason = f"{type(cause).__name__}: {one_line(cause)}"
-        raise UserError(f"dataset {source!r} cannot be read: {reason}") from problem
+        raise UserError(
+            f"dataset {source!r} cannot be read: {type_and_message(cause)}"
+        ) from problem
+
+
+def parse_rows(data: bytes, suffix: str) -> list[dict]:
+    """Parse a JSON, CSV or TSV file. Raises: UserError with the line.
+
+    Libraries guess types: in a column of numbers, 12345678901234567 becomes a rounded float, and
+    007 becomes 7. Gold answers need the file's own text, so CSV stays text, and JSON's fractions
+    are Decimal.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = 1 + data.count(b"\n", 0, problem.start)
+        raise UserError(f"line {line} is not UTF-8 text: convert the file to UTF-8") from None
+    if suffix in (".csv", ".tsv"):
+        return parse_csv(text, "\t" if suffix == ".tsv" else ",")
+    # one list, or an object per line
+    whole = text.lstrip().startswith("[")
+    rows: list[dict] = []
+    for line, piece in enumerate([text] if whole else text.split("\n"), start=1):
+        if not piece.strip():
+            continue
+        try:
+            found = json.loads(piece, parse_float=Decimal)
+        except ValueError as problem:
+            raise UserError(f"line {line} is not JSON: {one_line(problem)}") from None
+        rows += found if whole else [found]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"row {index} is {row!r}, not an object with fields")
+    return rows
+
+
+def parse_csv(text: str, delimiter: str) -> list[dict]:
+    """Parse CSV with a header line; every value is a text. Raises: UserError with the line."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                width = len(reader.fieldnames)
+                fix = f"must have {width} fields, like the header: quote texts with commas"
+                raise UserError(f"line {reader.line_num} {fix}")
+            rows.append(row)
+    except csv.Error as problem:
+        raise UserError(f"line {reader.line_num} is not CSV: {problem}") from None
+    return rows
 
 
 def column(row: dict, name: str, source: str) -> Any:
-    """Return `row[a][b]` for the field name `a.b`. Raises: UserError with the existing columns."""
+    """Return the column `name`, or `row[a][b]` for the name `a.b`.
+
+    Raises: UserError with the existing columns.
+    """
+    if name in row:
+        return row[name]
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -64,40 +143,104 @@ def column(row: dict, name: str, source: str) -> Any:
     return value
 
 
+# ---- Questions and gold answers ----------------------------------------------------------------
+
+
+def as_messages(question: Question) -> list[dict]:
+    """Return the messages of a question, each with a text; a text is one message of the user.
+
+    Raises: UserError if the last one is not the user's, or for anything else than text.
+    """
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"question {question!s:.200} is neither a text nor a list of messages")
+    found = []
+    for message in messages:
+        fields = message if isinstance(message, dict) else {}
+        content = fields.get("content")
+        if isinstance(content, list) and all(is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(fields.get("role"), str) or not isinstance(content, str):
+            raise UserError(f"question {question!r:.200}: a message lacks its role or its text")
+        if not content.strip():
+            raise UserError(f"question {question!r:.200} is blank, or one of its messages is")
+        found.append(fields | {"content": content})
+    if found[-1]["role"] != "user":
+        role = found[-1]["role"]
+        raise UserError(f"question {question!r:.200} ends with the {role!r}, not with the 'user'")
+    return found
+
+
+def is_text_part(part: Any) -> bool:
+    """Return whether a part of a message's content is text, not an image or the like."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part["text"], str)
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, question: Question, system_prompt: str, thinking: bool
 ) -> list[int]:
     """Render a question with the model's chat template: -> token ids.
 
     `system_prompt` comes first unless the messages have one; "" removes theirs. `thinking`: passed
-    to the template as `enable_thinking`. Raises: UserError if the template refuses the messages.
+    to the template as `enable_thinking`. Raises: UserError if the template refuses the messages or
+    drops the question.
     """
     messages = as_messages(question)
-    complete = [m for m in messages if isinstance(m, dict) and m.get("content")]
-    complete = [m for m in complete if isinstance(m.get("role"), str)]
-    if not messages or len(complete) < len(messages):
-        raise UserError(f"question {question!r} is neither a text nor a list of messages")
     if not system_prompt:
         messages = [message for message in messages if message["role"] != "system"]
     elif messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, enable_thinking=thinking
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
     except TemplateError as problem:
         raise UserError(
             f"the chat template refuses the prompt ({one_line(problem)}); "
             'if it refuses the system message, add --system_prompt ""'
         ) from None
-    if not ids:
-        raise UserError("the chat template renders nothing; set chat_template")
-    return ids
+    asked = "".join(messages[-1]["content"].split())
+    if asked not in "".join(text.split()):  # templates may trim
+        raise UserError(
+            f"the chat template renders {text!r:.200} without the question: set chat_template"
+        )
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def as_messages(question: Question) -> list[dict]:
-    """Return the messages of a question; a text is one message of the user."""
-    return [{"role": "user", "content": question}] if isinstance(question, str) else question
+# Golds that no boxed answer equals: a solution, several sentences, a text around the answer; and
+# dates, which math-verify takes for a difference or a quotient.
+_SOLUTION = re.compile(r"\n|####|\w[.?]\s+[A-Z]|\b[Aa]nswer\b")
+_DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[./]\d\d?[./]\d{4}")
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_MOST_WORDS = 5  # of a gold; the longest of DeepMath and the benchmarks has 2
+
+
+def gold_text(value: Any) -> str:
+    """Write a gold answer as text. Raises: UserError unless it is a number or short LaTeX.
+
+    Numbers are written in full, since 1e-05 in LaTeX is e - 5.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 2**53:
+        raise UserError(f"answer {value!r} may be rounded: store such integers as text")
+    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+    text = str(value).strip() if is_number or isinstance(value, str) else ""
+    if is_number or _SCIENTIFIC.fullmatch(text):
+        number = Decimal(text)
+        if not number.is_finite() or abs(number.adjusted()) > 500:
+            raise UserError(f"answer {text:.200} is not finite, or has more than 500 digits")
+        return format(number, "f")
+    if value is None or (isinstance(value, str) and not text):
+        raise UserError("the answer is missing")
+    if not text:
+        kind = type(value).__name__
+        raise UserError(f"answer {value!r:.200} is a {kind}: name a column of numbers or text")
+    words = re.findall("[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", text))
+    if _SOLUTION.search(text) or _DATE.fullmatch(text) or len(words) > _MOST_WORDS:
+        raise UserError(
+            f"answer {text!r:.200} is a solution, a sentence or a date, which no boxed answer "
+            "equals: name a column with the final answer alone"
+        )
+    return text
 
 
 def load_problems(
@@ -118,17 +261,15 @@ def load_problems(
     for index, row in enumerate(dataset):
         question = column(row, question_field, source)
         answer = column(row, answer_field, source)
-        where = f"dataset {source!r}, row {index}"
-        if not question or answer is None or not str(answer).strip():
-            raise UserError(f"{where}: question {question!r} or answer {answer!r} is missing")
         try:
+            answer = gold_text(answer)
             ids = prompt_ids(tokenizer, question, system_prompt, thinking)
         except UserError as problem:
-            raise UserError(f"{where}: {problem}") from None
+            raise UserError(f"dataset {source!r}, row {index}: {problem}") from None
         if len(ids) > max_prompt_tokens:
             too_long += 1
         else:
-            problems.append(Problem(index, ids, str(answer).strip()))
+            problems.append(Problem(index, ids, answer))
     if not problems:
         limit = f"max_prompt_tokens = {max_prompt_tokens}"
         raise UserError(f"dataset {source!r}: none of its prompts has at most {limit} tokens")
@@ -151,36 +292,57 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return f"{len(problems)} problems, SHA-256 {digest[:16]}"
 
 
-def check_golds(problems: Sequence[Problem], grader: Grader) -> None:
-    """Check that every gold answer equals itself. Raises: UserError; no response could match it."""
+def check_golds(source: str, problems: Sequence[Problem], grader: Grader) -> None:
+    """Check that a response can match every gold answer. Raises: UserError."""
     if bad := grader.check_golds([problem.answer for problem in problems]):
         first = problems[bad[0]]
         raise UserError(
-            f"{len(bad)} gold answers cannot be graded, first {first.answer!r} in row {first.row}"
+            f"dataset {source!r}: {len(bad)} gold answers do not equal a boxed copy of themselves, "
+            f"first row {first.row}: {first.answer!r:.200}; write numbers or short LaTeX"
         )
+
+
+# ---- Tokenizers --------------------------------------------------------------------------------
 
 
 def load_tokenizer(model: str, chat_template: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with `chat_template` if it is not empty. Raises: UserError."""
+    rows = getattr(read_config(model), "vocab_size", None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"model = {model!r}: no tokenizer: {one_line(problem)}") from None
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
-    if not tokenizer.chat_template:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as problem:  # files of any kind, read by third-party code
+        reason = load_failure(problem)
+        raise UserError(f"model = {model!r}: its tokenizer cannot be read: {reason}") from None
+    if not tokenizer("1+1").input_ids:  # without its files, Transformers makes an empty one
+        raise UserError(f"model = {model!r} has no tokenizer: copy tokenizer.json into its folder")
+    template = tokenizer.chat_template = chat_template or tokenizer.chat_template
+    if not template:
         raise UserError(f"model = {model!r} has no chat template: set chat_template")
+    # A special token that no prompt has does no harm: Gemma 3 1B has one, for images.
+    added = tokenizer.added_tokens_decoder
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        harmless = index in added and added[index].special and token not in template
+        if rows and index >= rows and not harmless:
+            raise UserError(
+                f"model = {model!r}: its tokenizer has the token {token!r} with id {index}, its "
+                f"embedding has {rows} rows: call resize_token_embeddings, or remove the token"
+            )
     return tokenizer
 
 
-def end_token_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(
+    config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> list[int]:
     """List every token that ends a response; models often have several, spread over two files.
 
-    Raises: UserError if there is none.
+    `rows`: of the model's embedding. Raises: UserError if there is none, or for malformed ids.
     """
-    ids = config.eos_token_id
-    ids = {ids} if isinstance(ids, int) else set(ids or ())
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
+    found = config.eos_token_id
+    ids = list(found) if isinstance(found, list | tuple) else [found]
+    ids = [index for index in [*ids, tokenizer.eos_token_id] if index is not None]
+    for index in ids:
+        if type(index) is not int or not 0 <= index < rows:
+            raise UserError(f"eos_token_id = {found!r}: {index!r} is not a token id below {rows}")
     if not ids:
         raise UserError("neither generation config nor tokenizer has an end-of-sequence token")
-    return sorted(ids)
+    return sorted(set(ids))

@@ -28,10 +28,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from support.processes import TrainingError, from_rank_0, gather, rank, say, wait_for_all, world
-from support.settings import ROOT, UserError, one_line, toml_table
+from support.settings import ROOT, UserError, one_line, toml_table, type_and_message
 
 # torch warns when a single process saves and loads without a process group
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -139,8 +139,13 @@ def resume_hint(folder: Path, program: str, resumable: bool) -> str:
     kept = f"{newest[0].name} is complete" if newest else "no checkpoint yet"
     if not resumable:
         return f"{kept}; it cannot be resumed"
+    return f"{kept}; continue with: {resume_command(folder, program)}"
+
+
+def resume_command(folder: Path, program: str) -> str:
+    """Write the command that continues a run."""
     launcher = "python" if world() == 1 else "accelerate launch"
-    return f"{kept}; continue with: {launcher} {program} --resume {folder}"
+    return f"{launcher} {program} --resume {folder}"
 
 
 def check_disk(
@@ -204,9 +209,8 @@ def save_checkpoint(
     except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        failures = getattr(problem, "failures", {})  # by rank, with their tracebacks
-        cause = next(iter(failures.values()))[0] if failures else problem
-        text = f"the checkpoint of step {state['step']} was not written: {one_line(cause)}"
+        reason = checkpoint_failure(problem)
+        text = f"the checkpoint of step {state['step']} was not written: {reason}"
         raise TrainingError(text) from problem
     if rank() == 0:
         for old in checkpoints(folder)[:-kept]:
@@ -215,27 +219,52 @@ def save_checkpoint(
     return final
 
 
+def checkpoint_failure(problem: BaseException) -> str:
+    """Describe an error of torch's checkpoints in one line."""
+    failures = getattr(problem, "failures", {})  # by rank, with their tracebacks
+    return type_and_message(next(iter(failures.values()))[0] if failures else problem)
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """Describe the entries of two dicts that differ; "" if none do."""
+    names = [name for name in here | there if here.get(name) != there.get(name)]
+    return "; ".join(f"{name} is {here.get(name)}, was {there.get(name)}" for name in names)
+
+
 def load_checkpoint(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     adapters: bool,
+    program: str,
 ) -> dict[str, Any]:
     """Load the newest complete checkpoint into model and optimizer: -> its state.
 
     `state`: of the run as it would start, returned if there is no checkpoint yet. Output of later
     steps moves to `abandoned/`, since those steps are rerun. `adapters`: most weights are frozen
-    and not in the checkpoint. Raises: UserError if the data have changed since the run started.
+    and not in the checkpoint. `program`: launches the run, for the error.
+    Raises: UserError if what the run reads has changed since its start, or for a damaged file.
     """
-    found = gather(checkpoints(folder)[-1:] if rank() == 0 else [])
+    found = gather(checkpoints(folder) if rank() == 0 else [])
     if found:
-        saved = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-        for name in ("train_data", "test_data"):
-            if saved[name] != state[name]:
-                raise UserError(f"{name} is {state[name]}; the run started with {saved[name]}")
-        tensors = trained_tensors(model, optimizer)
-        dcp.load(tensors, checkpoint_id=found[-1], no_dist=world() == 1)
+        newest = found[-1]
+        try:
+            saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+            if changed := differences(state["inputs"], saved["inputs"]):
+                raise UserError(f"--resume: what {folder} started with has changed: {changed}")
+            dcp.FileSystemReader(newest).read_metadata()  # torch logs a traceback of its own
+            tensors = trained_tensors(model, optimizer)
+            dcp.load(tensors, checkpoint_id=newest, no_dist=world() == 1)
+        except UserError:
+            raise
+        except (Exception, dcp.api.CheckpointException) as problem:  # a BaseException
+            text = f"{newest} is damaged: {checkpoint_failure(problem)}"
+            if found[:-1]:
+                moved = f"mv {newest} {newest}.damaged"
+                command = resume_command(folder, program)
+                text += f"; continue from {found[-2].name} with: {moved} && {command}"
+            raise UserError(text) from problem
         parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
         options = dataclasses.replace(TRAINED, strict=not adapters)
         sharded_state.set_state_dict(model, optimizer, **parts, options=options)
@@ -267,17 +296,11 @@ def abandon(folder: Path, step: int) -> None:
 # ---- Weights -----------------------------------------------------------------------------------
 
 
-def export(
-    folder: Path,
-    model: PreTrainedModel,
-    weights: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    *parts: Any,
-) -> Path:
+def export(folder: Path, weights: Iterable[tuple[str, Tensor]], *parts: Any) -> Path:
     """Write `final/`, an ordinary Hugging Face folder: -> its path.
 
-    `weights`: names and full tensors, in `dtype`; all ranks iterate, rank 0 keeps a copy in host
-    memory. `parts`: tokenizer and generation config, saved beside them.
+    `weights`: names and full tensors; all ranks iterate, rank 0 keeps a copy in host memory.
+    `parts`: of `write_model`. Raises: TrainingError, for example if the disk is full.
     """
     temporary, final = folder / "final.part", folder / "final"
     state = {}
@@ -285,15 +308,49 @@ def export(
         if rank() == 0:
             state[name] = tensor.to("cpu", copy=True).contiguous()
     if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=state, max_shard_size="4GB")
-        model_config = copy(model.config)
-        model_config.dtype = dtype  # not the trainer's float32
-        for part in (model_config, *parts):
-            part.save_pretrained(temporary)
-        finish_folder(temporary, final)
+        try:
+            write_model(temporary, state, *parts)
+            finish_folder(temporary, final)
+        except Exception as problem:  # third-party code; the checkpoint has everything
+            shutil.rmtree(temporary, ignore_errors=True)
+            text = f"{final} was not written: {type_and_message(problem)}"
+            raise TrainingError(text, weights_intact=True) from problem
     wait_for_all()
     return final
+
+
+def rehearse_export(folder: Path, weights: Iterable[tuple[str, Tensor]], *parts: Any) -> None:
+    """Write the untrained `final/` and delete it, so that it does not fail after the training.
+
+    On rank 0. Raises: UserError.
+    """
+    temporary = folder / "final.part"
+    try:
+        state = {name: tensor.contiguous() for name, tensor in weights}
+        write_model(temporary, state, *parts)
+    except Exception as problem:  # third-party code
+        reason = type_and_message(problem)
+        raise UserError(f"final/ could not be written after the training: {reason}") from problem
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model(
+    folder: Path,
+    state: dict[str, Tensor],
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    generation_config: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write weights, which have `dtype`, both configs and the tokenizer."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.generation_config = generation_config  # a sampler may have set another one
+    model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
+    model_config = copy(model.config)
+    model_config.dtype = dtype  # not the trainer's float32
+    model_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # ---- Log and curves ----------------------------------------------------------------------------
@@ -315,8 +372,9 @@ def rollout_metrics(rollouts: Sequence[Any], group_size: int) -> dict[str, float
 def accuracy(rewards: Sequence[float], copies: int) -> dict[str, float]:
     """Average rewards, `copies` per problem, with the standard error over problems."""
     shares = torch.tensor(rewards, dtype=torch.float64).view(-1, copies).mean(dim=1)
-    error = shares.std() / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
-    found = {"accuracy": float(shares.mean()), "standard_error": float(error)}
+    # of a single problem it is unknown
+    error = float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else None
+    found = {"accuracy": float(shares.mean()), "standard_error": error}
     return found | {"problems": len(shares), "samples": copies}
 
 
@@ -343,7 +401,10 @@ class Log:
         self.bar.close()
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Log a step."""
+        """Log a step. What is not finite becomes null, since JSON has no NaN."""
+        for name, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                metrics[name] = None
         if rank() == 0:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")

@@ -31,13 +31,20 @@ class UserError(Exception):
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Suggest the most similar of the known words: `; did you mean 'X'?`, or nothing."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    others = [other for other in known if other != word]
+    match = difflib.get_close_matches(word, others, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def one_line(problem: BaseException) -> str:
     """Shorten a library's error message to one line."""
     return " ".join((str(problem) or type(problem).__name__).split())[:300]
+
+
+def type_and_message(problem: BaseException) -> str:
+    """Describe a library's error by its type and message, in one line."""
+    kind = type(problem).__name__
+    return f"{kind}: {one_line(problem)}" if str(problem) else kind
 
 
 @functools.cache

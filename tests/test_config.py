@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import json
+import math
 import tomllib
 
 import evaluate
@@ -40,13 +42,33 @@ def test_help_lists_every_field(capsys):
         assert f"--{entry.name} " in shown and field_docs(oisd.Config)[entry.name][1]
 
 
-FILES = {
+ROWS = {  # question and answer
+    "solution": ("1+1", "1+1 makes\n#### 2"),
+    "sentence": ("1+1", "We add them. The sum is 2."),
+    "wordy": ("1+1", "the sum of both of them, 2"),
+    "date": ("1+1", "2024-01-05"),
+    "list": ("1+1", ["2"]),
+    "true": ("1+1", True),
+    "long": ("1+1", "1" * 600),
+    "unclosed": ("1+1", "\\frac{1"),
+    "infinite": ("1+1", math.inf),
+    "null": ("1+1", None),
+    "number": (12, "2"),
+    "blank": (" ", "2"),
+    "roles": ([{"content": "1+1"}], "2"),
+    "image": ([{"role": "user", "content": [{"type": "image"}]}], "2"),
+    "solved": ([{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}], "2"),
+}
+FILES = {f"{name}.jsonl": json.dumps(dict(zip(("question", "answer"), row))) for name, row in ROWS.items()}
+FILES |= {
     "bad.toml": "[a]\nnum_steps = '3'\n[b]\nnum_step = 3\n[c]\nbase = 'd'\n[d]\nbase = 'c'",
     "torn.toml": "[a",
-    "roles.jsonl": '{"question": [{"content": "1+1"}], "answer": "2"}',
-    "null.jsonl": '{"question": "1+1", "answer": null}',
     "torn.jsonl": '{"question": "1+1", "ans',
     "empty.jsonl": "",
+    "latin.jsonl": b'{"question": "1", "answer": "1"}\n{"question": "\xe9", "answer": "1"}',
+    "second.jsonl": '{"question": "1", "answer": "1"}\n5',
+    "wide.csv": "question,answer\n1+1,(1,2)\n",
+    "notes.txt": "1+1",
     "gold.jsonl": '{"prompt": "1+1", "reward_model": {"ground_truth": "\\\\boxed{"}}',
 }
 LINES = (ROOT / "tests" / "bad_settings.tsv").read_text().splitlines()
@@ -57,7 +79,7 @@ BAD = [line.split("\t") for line in LINES if not line.startswith("#")]
 def test_bad_input_gets_one_line(program, words, message, toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     if "need " in message:
         monkeypatch.setattr(models, "find_spec", lambda name: None)
     if program == "oisd":

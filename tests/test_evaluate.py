@@ -86,7 +86,7 @@ def test_two_processes_are_one(toy, complete, tmp_path):
 
 def test_samples_of_other_settings_weights_or_data_are_not_mixed(toy, untied_toy, complete, capsys):
     for changes, message in (
-        ({"temperature": 0.7}, "holds other samples: temperature is 0.7, there 1.0; name another"),
+        ({"temperature": 0.7}, "holds other samples: temperature is 0.7, was 1.0; name another"),
         ({"model": untied_toy}, "model.safetensors is"),
         ({"answer_field": "question"}, "data sums is 7 rows"),
     ):

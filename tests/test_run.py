@@ -260,7 +260,7 @@ def test_what_would_change_results_is_refused(toy, tmp_path, capsys):
     write_lines(data, read_lines(data)[:4])
     assert oisd.main(["--resume", str(run), "--num_steps=2", "--max_tokens_per_gpu=99", "--checkpoint_every=1"]) == 2
     shown = capsys.readouterr().err
-    assert "train_data is 4 problems" in shown and "started with 7 problems" in shown
+    assert f"what {run} started with has changed: train_data is 4 problems" in shown and "was 7 problems" in shown
 
 
 @pytest.mark.parametrize("factor", [1.5, math.nan])
@@ -294,14 +294,14 @@ def test_a_gradient_that_is_nan_stops_the_run(toy, tmp_path, monkeypatch, capsys
 
 
 def test_a_full_disk_costs_only_the_checkpoint(toy, tmp_path, monkeypatch, capsys):
-    """No file may exceed 200 kB, so the checkpoint of step 4 fails: no half of it is left, and step 2 is intact."""
+    """No file may exceed 300 kB, so the checkpoint of step 4 fails: no half of it is left, and step 2 is intact."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
         assert oisd.main(toy_arguments(toy, run)) == 2 and not run.exists()  # it was noticed before the first step
     assert oisd.main(toy_arguments(toy, run, num_steps=2)) == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
         assert oisd.main(["--resume", str(run), "--num_steps", "4"]) == 1
     finally:

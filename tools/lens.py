@@ -92,7 +92,7 @@ def open_place(place: str, words: list[str]) -> Opened:
     if config.model == "tiny_model":
         laptop.make()
     tokenizer, (loaded, _) = problems.load_tokenizer(config.model, config.chat_template), oisd.load_model(config)
-    end_ids = problems.end_token_ids(loaded.generation_config, tokenizer)
+    end_ids = problems.end_token_ids(loaded.generation_config, tokenizer, loaded.config.vocab_size)
     found, _ = oisd.load_problems(config.test_data or config.train_data, tokenizer, config)
     model = oisd.TappedModel(loaded, config)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

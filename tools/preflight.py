@@ -199,7 +199,7 @@ def check_export(options):
     _, config = oisd.load_config([*options.words, f"--model={options.folder}/whole/final"])
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
     model = oisd.load_model(config)[0].to(DEVICE)
-    ends = problems.end_token_ids(model.generation_config, tokenizer)
+    ends = problems.end_token_ids(model.generation_config, tokenizer, model.config.vocab_size)
     hf = config.sampler == "hf"
     sampler = oisd.hf_sampler(config, model, ends, DEVICE) if hf else oisd.VllmSampler(config, ends, DEVICE)
     prompt = oisd.load_problems(config.train_data, tokenizer, config)[0][0].prompt_ids
