@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
         for row in problems:
             question = " ".join(column(row, "question", options.problems).split())
             if solution := known.get(question):
-                lines.append(json.dumps(row | {"solution": solution}, ensure_ascii=False) + "\n")
+                lines.append(json.dumps(row | {"solution": solution}, ensure_ascii=False, default=str) + "\n")
         if not lines:
             raise UserError(f"{options.solutions} solves none of the {len(problems)} problems of {options.problems}")
     except UserError as problem:
