@@ -59,19 +59,20 @@ def check_folder(model: str) -> None:
         raise UserError(f"{where} has no config.json, so it is not a model{hint}")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{where} is an adapter of PEFT: merge it into its base model first")
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.open("rb").read(23) == b"version https://git-lfs":
-            raise UserError(f"{where}: {path.name} is a Git LFS pointer: run git lfs pull there")
-        if path.suffix == ".safetensors":
-            try:
-                file = safe_open(path, "pt")  # reads the header and compares sizes
-            except SafetensorError as problem:
-                reason = f"{path.name} is damaged: {one_line(problem)}"
-                raise UserError(f"{where}: {reason}; copy it again") from None
-            names = file.keys()
-            types = {file.get_slice(name).get_dtype() for name in names}
-            if quantized := types & {"I8", "U8", "F8_E4M3", "F8_E5M2"}:
-                raise UserError(f"{where}: {path.name} has quantized weights, {min(quantized)}")
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
+        with path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise UserError(f"{where}: {path.name} is a Git LFS pointer: run git lfs pull")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            file = safe_open(path, "pt")  # reads the header and compares sizes
+        except SafetensorError as problem:
+            reason = f"{path.name} is damaged: {one_line(problem)}"
+            raise UserError(f"{where}: {reason}; copy it again") from None
+        names = file.keys()
+        types = {file.get_slice(name).get_dtype() for name in names}
+        if quantized := types & {"I8", "U8", "F8_E4M3", "F8_E5M2"}:
+            raise UserError(f"{where}: {path.name} has quantized weights, {min(quantized)}")
 
 
 def load_failure(problem: Exception) -> str:
@@ -119,7 +120,7 @@ def drop_invalid(generation_config: GenerationConfig) -> None:
         names = sorted(name for name in fields if f"- `{name}`:" in str(problem))
         for name in names:
             setattr(generation_config, name, None)
-        say(f"generation_config.json: left out of final/, as Transformers does: {', '.join(names)}")
+        say(f"final/generation_config.json lacks what has no effect: {', '.join(names)}")
 
 
 def file_hashes(model: str) -> dict[str, str]:

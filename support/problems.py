@@ -256,20 +256,25 @@ def load_problems(
 
     Raises: UserError for bad fields or rows, or if no problem is left.
     """
-    dataset = read_dataset(source)
-    problems, too_long = [], 0
-    for index, row in enumerate(dataset):
+    problems, too_long, bad = [], 0, []
+    for index, row in enumerate(read_dataset(source)):
         question = column(row, question_field, source)
         answer = column(row, answer_field, source)
         try:
             answer = gold_text(answer)
             ids = prompt_ids(tokenizer, question, system_prompt, thinking)
         except UserError as problem:
-            raise UserError(f"dataset {source!r}, row {index}: {problem}") from None
+            bad.append(f"row {index}: {problem}")
+            continue
         if len(ids) > max_prompt_tokens:
             too_long += 1
         else:
             problems.append(Problem(index, ids, answer))
+    if bad:
+        more = f" ({len(bad) - 1} more rows are bad)" if len(bad) > 1 else ""
+        raise UserError(f"dataset {source!r}, {bad[0]}{more}")
+    if not problems and not too_long:
+        raise UserError(f"dataset {source!r} has no rows")
     if not problems:
         limit = f"max_prompt_tokens = {max_prompt_tokens}"
         raise UserError(f"dataset {source!r}: none of its prompts has at most {limit} tokens")
@@ -318,11 +323,12 @@ def load_tokenizer(model: str, chat_template: str) -> PreTrainedTokenizerBase:
     template = tokenizer.chat_template = chat_template or tokenizer.chat_template
     if not template:
         raise UserError(f"model = {model!r} has no chat template: set chat_template")
-    # A special token that no prompt has does no harm: Gemma 3 1B has one, for images.
     added = tokenizer.added_tokens_decoder
-    for token, index in sorted(tokenizer.get_vocab().items()):
-        harmless = index in added and added[index].special and token not in template
-        if rows and index >= rows and not harmless:
+    for token, index in tokenizer.get_vocab().items():
+        if not rows or index < rows:
+            continue
+        # A special token that no prompt has does no harm: Gemma 3 1B has one, for images.
+        if index not in added or not added[index].special or token in template:
             raise UserError(
                 f"model = {model!r}: its tokenizer has the token {token!r} with id {index}, its "
                 f"embedding has {rows} rows: call resize_token_embeddings, or remove the token"
