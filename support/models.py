@@ -166,7 +166,7 @@ def load_weights(
     """Load a causal language model: -> it, and the dtype of its files, which exports keep.
 
     Transformers fills missing weights at random and ignores those it does not know. Here both are
-    a UserError, like other shapes and weights that are not finite.
+    a UserError, like other shapes, and matrices that are all zeros or not finite.
     """
     try:
         files_dtype = check_headers(name)
@@ -185,6 +185,8 @@ def load_weights(
     for weight, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"model = {name!r}: the weight {weight} is not finite")
+        if parameter.ndim > 1 and not parameter.any():  # as after a copy that was cut short
+            raise UserError(f"model = {name!r}: the weight {weight} is all zeros")
     return model, files_dtype
 
 

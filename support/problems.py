@@ -115,10 +115,12 @@ def parse_csv(text: str, delimiter: str) -> list[dict]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise UserError(f"line 1 names a column twice: {names}")
         for row in reader:
             if None in row or None in row.values():
-                width = len(reader.fieldnames)
-                fix = f"must have {width} fields, like the header: quote texts with commas"
+                fix = f"must have {len(names)} fields, like the header: quote texts with commas"
                 raise UserError(f"line {reader.line_num} {fix}")
             rows.append(row)
     except csv.Error as problem:

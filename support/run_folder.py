@@ -259,12 +259,11 @@ def load_checkpoint(
         except UserError:
             raise
         except (Exception, dcp.api.CheckpointException) as problem:  # a BaseException
-            text = f"{newest} is damaged: {checkpoint_failure(problem)}"
-            if found[:-1]:
-                moved = f"mv {newest} {newest}.damaged"
-                command = resume_command(folder, program)
-                text += f"; continue from {found[-2].name} with: {moved} && {command}"
-            raise UserError(text) from problem
+            text = f"{newest} is damaged: {checkpoint_failure(problem)}; "
+            if len(found) == 1:
+                raise UserError(f"{text}there is no older one: start a new run") from problem
+            command = f"mv {newest} {newest}.damaged && {resume_command(folder, program)}"
+            raise UserError(f"{text}continue from {found[-2].name} with: {command}") from problem
         parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
         options = dataclasses.replace(TRAINED, strict=not adapters)
         sharded_state.set_state_dict(model, optimizer, **parts, options=options)

@@ -69,6 +69,7 @@ FILES |= {
     "second.jsonl": '{"question": "1", "answer": "1"}\n5',
     "wide.csv": "question,answer\n1+1,(1,2)\n",
     "notes.txt": "1+1",
+    "twice.csv": "question,answer,answer\n1,1,2\n",
     "rows.csv": "question,answer\n",
     "two.csv": "question,answer\n1,1\n2,2024-01-05\n3,\n",
     "gold.jsonl": '{"prompt": "1+1", "reward_model": {"ground_truth": "\\\\boxed{"}}',

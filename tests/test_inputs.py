@@ -148,6 +148,7 @@ BROKEN = {
     "another shape": (weights(lambda w: w | {NORM: torch.ones(5)}), f"mismatched weights (1, such as {NORM})"),
     "another head": (weights(lambda w: w | {"lm_head.weight": w[EMBEDDING] + 1}), "set tie_word_embeddings to false"),
     "not a number": (weights(lambda w: w | {NORM: w[NORM] * torch.nan}), f"the weight {NORM} is not finite"),
+    "zeros": (weights(lambda w: w | {UP: w[UP] * 0}), f"the weight {UP} is all zeros"),
     "int8": (weights(lambda w: w | {UP: w[UP].char()}), "model.safetensors has quantized weights, I8"),
     "quantized": (settings("config.json", quantization_config={"quant_method": "awq"}), "is quantized: use the model"),
     "truncated": (damage, "model.safetensors is damaged"),
