@@ -1461,7 +1461,7 @@ def report_accuracy(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write a checkpoint of this step, unless there is one. Raises: TrainingError."""
+    """Write a checkpoint of this step, or its state if there is one. Raises: TrainingError."""
     parts = run.model, run.optimizer, run.state, run.config.checkpoints_kept
     run_folder.save_checkpoint(run.folder, *parts)
 
@@ -1474,10 +1474,13 @@ def train(run: Run) -> None:
         while True:
             step = run.state["step"]
             last = step >= config.num_steps
+            due = step > 0 and (last or run_folder.every(config.checkpoint_every, step))
+            if due:
+                save_checkpoint(run)  # first, since an evaluation may fail
             if step == 0 or last or run_folder.every(config.eval_every, step):
                 report_accuracy(run)
-            if step > 0 and (last or run_folder.every(config.checkpoint_every, step)):
-                save_checkpoint(run)
+            if due:
+                save_checkpoint(run)  # the score, too
             log.draw(step, last)
             if last:
                 break

@@ -189,12 +189,15 @@ def save_checkpoint(
     """Write weights, optimizer and `state`, on all ranks; any number of ranks may load them.
 
     There is no other state: data order and random draws follow from the seed and `state["step"]`.
+    If this step has a checkpoint, only its `state` is written again.
     Raises: TrainingError, for example if the disk is full. The half-written checkpoint is then
     removed; older ones are intact.
     """
     final = folder / "checkpoints" / f"step_{state['step']:06d}"
     temporary = final.with_name(final.name + ".part")
     if from_rank_0(final.exists):  # other machines may see an older state of the disk
+        if rank() == 0:
+            write_atomically(final / "state.json", json.dumps(state))
         return final
     if rank() == 0:
         for leftover in final.parent.glob("*.part"):

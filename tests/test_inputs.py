@@ -247,6 +247,23 @@ def test_the_export_is_tried_before_the_first_step(toy, tmp_path, monkeypatch, c
         assert oisd.main(["--resume", str(run)]) == 0 and (run / "final" / "model.safetensors").exists()
 
 
+def test_an_evaluation_that_fails_costs_no_training(toy, tmp_path, monkeypatch):
+    run, score, steps = tmp_path / "run", oisd.report_accuracy, []
+
+    def failing(run):
+        steps.append(run.state["step"])
+        if steps == [0, 2]:
+            raise RuntimeError("the engine died")
+        score(run)
+
+    monkeypatch.setattr(oisd, "report_accuracy", failing)
+    with pytest.raises(RuntimeError):
+        oisd.main(toy_arguments(toy, run, num_steps=2, checkpoint_every=0))
+    for steps_in_all in (2, 3):
+        assert oisd.main(["--resume", str(run), f"--num_steps={steps_in_all}"]) == 0
+    assert list(json.loads((run / "held_out.json").read_text())) == ["0", "2", "3"]
+
+
 # ---- Resuming ------------------------------------------------------------------------------------
 
 CHANGES = {
