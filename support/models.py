@@ -79,6 +79,8 @@ def load_failure(problem: Exception) -> str:
     """Describe why a library could not load files, without the fixes it suggests."""
     if "trust_remote_code" in str(problem):
         return "it needs trust_remote_code: only architectures of Transformers are supported"
+    if "attention implementation" in str(problem):
+        return "it lacks this attention kernel, usually because it caps its attention scores"
     if isinstance(problem, pickle.UnpicklingError):
         return "a file of weights is damaged: copy it again"
     return type_and_message(problem)
@@ -202,6 +204,7 @@ def check_headers(name: str) -> torch.dtype:
             name,
             dtype="auto",  # config.json's, or else that of the first weight
             device_map="meta",
+            attn_implementation="eager",  # which every model supports
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed
         )
