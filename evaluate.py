@@ -32,7 +32,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pydantic
-import torch
 from tqdm import tqdm
 
 import oisd
@@ -129,7 +128,7 @@ def find_benchmarks(config: Config) -> dict[str, Benchmark]:
             known = ", ".join(BENCHMARKS)
             raise UserError(
                 f"--benchmarks: {word!r} is not NAME=SOURCE or, once, one of {known}; "
-                "a comma separates benchmarks, so none may be in a file's name"
+                "commas separate them, even in a file's name"
             )
         found[name] = dataclasses.replace(benchmark, source=source)
     return found
@@ -139,16 +138,17 @@ def load_benchmark(benchmark: Benchmark, tokenizer: Tokenizer, config: Config, g
     """Load problems: -> those to use, number and hash of all. Raises: UserError for bad data."""
     source = benchmark.source
     names = (benchmark.question_field, benchmark.answer_field)
+    prompt = config.system_prompt, config.thinking
+    loaded, _ = problems.load_problems(source, tokenizer, *names, *prompt, sys.maxsize)
     rows = problems.read_dataset(source)
-    pairs = [[problems.column(row, name, source) for name in names] for row in rows]
+    pairs = [[problems.column(row, name) for name in names] for row in rows]
     text = json.dumps(pairs, sort_keys=True, default=str)  # str: for dates
     sha256 = hashlib.sha256(text.encode()).hexdigest()[:32]
     if benchmark.sha256 not in ("", sha256):
         raise UserError(f"{source} holds other problems: SHA-256 {sha256}, not {benchmark.sha256}")
-    prompt = config.system_prompt, config.thinking
-    loaded, _ = problems.load_problems(source, tokenizer, *names, *prompt, sys.maxsize)
     if rank() == 0:
-        problems.check_golds(source, loaded, grader)
+        vocabulary = models.read_config(config.model).vocab_size
+        problems.check_problems(source, loaded, vocabulary, grader)
     return loaded[: config.limit or None], f"{len(pairs)} rows, SHA-256 {sha256}"
 
 
@@ -194,11 +194,13 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
 def draw(config: Config, tasks: list, tokenizer: Tokenizer, folder: Path, device):
     """Draw this rank's share of (key, problem) tasks, a line each: -> the sampler, to be closed."""
     generation_config = models.read_generation_config(config.model)
-    rows = models.read_config(config.model).vocab_size
-    end_ids = problems.end_token_ids(generation_config, tokenizer, rows)
+    model_config = models.read_config(config.model)
+    end_ids = problems.end_token_ids(generation_config, tokenizer, model_config.vocab_size)
     if config.sampler == "vllm":
-        if rank() == 0:  # only to check the weights
-            models.load_weights(config.model, getattr(torch, config.dtype), "sdpa")
+        # vLLM ignores what is missing or not finite. It can run quantized models, too.
+        if rank() == 0 and not getattr(model_config, "quantization_config", None):
+            models.check_headers(config.model)
+            models.check_values(config.model, models.stored_weights(config.model))
         sampler = oisd.VllmSampler(config, end_ids, device, sleeps=False)
     else:
         model, _ = oisd.load_model(config)

@@ -1338,8 +1338,9 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     held_out = held_out[: config.eval_problems or None]
     grader = Grader(workers=config.grader_workers, seconds=config.grader_seconds)
     if rank() == 0:
-        problems.check_golds(config.train_data, training, grader)
-        problems.check_golds(config.test_data, held_out, grader)
+        rows = models.read_config(config.model).vocab_size
+        problems.check_problems(config.train_data, training, rows, grader)
+        problems.check_problems(config.test_data, held_out, rows, grader)
     found = f"{len(training)} training problems, {too_long} too long"
     say(f"{found}; {len(held_out)} held out, {left_out} too long")
     say(f"the first prompt:\n---\n{tokenizer.decode(training[0].prompt_ids)}\n---")
@@ -1412,6 +1413,7 @@ def load_source(
     if rank() == 0:
         # FlashAttention does not run on the CPU, where a sharded model's source is checked.
         on_cpu = dataclasses.replace(config, attention="sdpa") if sharded else config
+        generation_config = models.read_generation_config(config.model)
         with processes.all_threads():  # the other ranks wait
             loaded, export_dtype = load_model(on_cpu)
             if config.spread_weights:
@@ -1420,7 +1422,6 @@ def load_source(
             check(source)
         schedule = config.num_steps, config.checkpoint_every, config.checkpoints_kept
         run_folder.check_disk(folder, source, export_dtype, *schedule)
-        generation_config = models.read_generation_config(config.model)
         rows = len(loaded.get_input_embeddings().weight)
         end_ids = problems.end_token_ids(generation_config, tokenizer, rows)
         models.drop_invalid(generation_config)

@@ -89,12 +89,13 @@ def load_problems(source: str, tokenizer, config: OpsdConfig) -> tuple[list[Prob
     for problem in fitting:
         row = dataset[problem.row]
         try:
-            solution = problems.column(row, config.solution_field, source)
+            solution = problems.column(row, config.solution_field)
         except UserError as missing:
-            raise UserError(f"{missing}: OPSD's teacher reads a reference solution") from None
+            where = f"dataset {source!r}, row {problem.row}"
+            raise UserError(f"{where}: {missing}: OPSD's teacher reads a solution") from None
         if not isinstance(solution, str) or not solution.strip():
             raise UserError(f"dataset {source!r}, row {problem.row}: the solution is {solution!r}")
-        question = problems.column(row, config.question_field, source)
+        question = problems.column(row, config.question_field)
         messages = with_solution(question, solution, config.solution_template)
         ids = problems.prompt_ids(tokenizer, messages, config.system_prompt, config.thinking)
         if len(ids) > config.max_teacher_tokens:

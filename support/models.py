@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transformers import (
     logging,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import CONFIG_NAME, cached_file
 
 from support.processes import gather, say
 from support.settings import UserError, derive_seed, one_line, type_and_message
@@ -43,15 +44,24 @@ def check_packages(attention: str, tracker: str, lora_rank: int) -> None:
 # ---- Files -------------------------------------------------------------------------------------
 
 
+# The files of a model's folder that are read. Others may change.
+WEIGHTS = ["*.safetensors", "pytorch_model*.bin", "*.index.json"]
+FILES = [*WEIGHTS, *"*config.json *token*.json chat_template* *.model vocab* merges.txt".split()]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """List the files of a model that are read, by name."""
+    return sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+
+
 def check_folder(model: str) -> None:
     """Check that a local model is there and its files are whole. Raises: UserError."""
     folder = Path(model)
     where = f"model = {model!r}"
     if not folder.is_dir():
-        if model.startswith(("/", ".", "~")) or model.count("/") > 1:  # no name on the Hub
-            raise UserError(
-                f"{where}: there is no such folder; to resume a run, put its model back"
-            )
+        on_hub = not model.startswith(("/", ".", "~")) and model.count("/") < 2
+        if folder.is_file() or not on_hub:
+            raise UserError(f"{where} is not a folder; to resume a run, put its model back")
         return
     if not (folder / "config.json").is_file():
         final = folder / "final"
@@ -59,24 +69,20 @@ def check_folder(model: str) -> None:
         raise UserError(f"{where} has no config.json, so it is not a model{hint}")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{where} is an adapter of PEFT: merge it into its base model first")
-    for path in sorted(filter(Path.is_file, folder.iterdir())):
+    for path in model_files(folder):
         with path.open("rb") as file:
             if file.read(23) == b"version https://git-lfs":
                 raise UserError(f"{where}: {path.name} is a Git LFS pointer: run git lfs pull")
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file = safe_open(path, "pt")  # reads the header and compares sizes
-        except SafetensorError as problem:
-            reason = f"{path.name} is damaged: {one_line(problem)}"
-            raise UserError(f"{where}: {reason}; copy it again") from None
-        names = file.keys()
-        types = {file.get_slice(name).get_dtype() for name in names}
-        if quantized := types & {"I8", "U8", "F8_E4M3", "F8_E5M2"}:
-            raise UserError(f"{where}: {path.name} has quantized weights, {min(quantized)}")
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, "pt")  # reads the header and compares sizes
+            except SafetensorError as problem:
+                reason = f"{path.name} is damaged: {one_line(problem)}"
+                raise UserError(f"{where}: {reason}; copy it again") from None
 
 
 def load_failure(problem: Exception) -> str:
-    """Describe why a library could not load files, without the fixes it suggests."""
+    """Describe why a library could not load files."""
     if "trust_remote_code" in str(problem):
         return "it needs trust_remote_code: only architectures of Transformers are supported"
     if "attention implementation" in str(problem):
@@ -87,14 +93,15 @@ def load_failure(problem: Exception) -> str:
 
 
 def read_config(model: str) -> PreTrainedConfig:
-    """Read a model's config.json. Raises: UserError, also for models that cannot be trained."""
+    """Read a model's config.json. Raises: UserError."""
     check_folder(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as problem:  # files of any kind, read by third-party code
-        raise UserError(f"model = {model!r} cannot be loaded: {load_failure(problem)}") from None
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"model = {model!r} is quantized: use the model that it was made from")
+        kind = "cannot be loaded" if Path(model).is_dir() else "is not a folder, nor on the Hub"
+        raise UserError(f"model = {model!r} {kind}: {load_failure(problem)}") from None
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise UserError(f"model = {model!r} is a {config.model_type}: name its text model")
     return config
 
 
@@ -122,20 +129,21 @@ def drop_invalid(generation_config: GenerationConfig) -> None:
         names = sorted(name for name in fields if f"- `{name}`:" in str(problem))
         for name in names:
             setattr(generation_config, name, None)
-        say(f"final/generation_config.json lacks what has no effect: {', '.join(names)}")
+            say(f"final/generation_config.json will lack {name}, which has no effect")
 
 
 def file_hashes(model: str) -> dict[str, str]:
-    """Hash what a model is made of: -> start of SHA-256 by file name, or its commit on the Hub."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return {model: f"commit {AutoConfig.from_pretrained(model)._commit_hash}"}
+    """Hash what a model is made of: -> start of SHA-256, by file name."""
     hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    for path in model_files(local_folder(model)):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return hashes
+
+
+def local_folder(model: str) -> Path:
+    """Find a model's files, which are in a cache if it is from the Hub."""
+    return Path(model) if Path(model).is_dir() else Path(cached_file(model, CONFIG_NAME)).parent
 
 
 # ---- Models ------------------------------------------------------------------------------------
@@ -147,9 +155,7 @@ def check_model_config(model: str, student_layer: int, longest_row: int, prompt_
     `longest_row`: tokens that positions must exist for, `prompt_limit` + max_response_tokens.
     """
     config = read_config(model)
-    layers = getattr(config, "num_hidden_layers", None)
-    if layers is None:
-        raise UserError(f"model = {model!r} is a {config.model_type}: name its text model")
+    layers = config.num_hidden_layers
     if student_layer >= layers:
         raise UserError(
             f"student_layer = {student_layer}, but {model} has {layers} layers: choose a lower one"
@@ -168,7 +174,7 @@ def load_weights(
     """Load a causal language model: -> it, and the dtype of its files, which exports keep.
 
     Transformers fills missing weights at random and ignores those it does not know. Here both are
-    a UserError, like other shapes, and matrices that are all zeros or not finite.
+    a UserError, like other shapes, and weights that are not finite.
     """
     try:
         files_dtype = check_headers(name)
@@ -184,12 +190,25 @@ def load_weights(
             f"model = {name!r}: its head differs from its embedding, but config.json ties them: "
             "set tie_word_embeddings to false there"
         )
-    for weight, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"model = {name!r}: the weight {weight} is not finite")
-        if parameter.ndim > 1 and not parameter.any():  # as after a copy that was cut short
-            raise UserError(f"model = {name!r}: the weight {weight} is all zeros")
+    check_values(name, model.named_parameters())
     return model, files_dtype
+
+
+def check_values(name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that weights are finite, and no matrix is all zeros. Raises: UserError."""
+    for weight, tensor in weights:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"model = {name!r}: the weight {weight} is not finite")
+        if tensor.ndim > 1 and not tensor.any():  # as after a copy that was cut short
+            raise UserError(f"model = {name!r}: the weight {weight} is all zeros")
+
+
+def stored_weights(name: str) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a model's safetensors files, one at a time: -> name, tensor."""
+    for path in sorted(local_folder(name).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for weight in file.keys():  # noqa: SIM118  it is not a dict
+                yield weight, file.get_tensor(weight)
 
 
 def check_headers(name: str) -> torch.dtype:
@@ -197,6 +216,8 @@ def check_headers(name: str) -> torch.dtype:
 
     Only the headers are read. Raises: UserError.
     """
+    if getattr(read_config(name), "quantization_config", None):
+        raise UserError(f"model = {name!r} is quantized: use the model that it was made from")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the UserError says it in one line
     try:

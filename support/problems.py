@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from support.grader import Grader
 from support.models import load_failure, read_config
-from support.settings import UserError, derive_seed, nearest, one_line, type_and_message
+from support.settings import UserError, derive_seed, nearest, type_and_message
 
 Question = str | list[dict]  # a text, or a list of chat messages
 
@@ -35,6 +35,7 @@ class Problem:
 
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz")
+_BLANK = re.compile(r"\s*")
 
 
 def file_type(source: str) -> str:
@@ -93,42 +94,49 @@ def parse_rows(data: bytes, suffix: str) -> list[dict]:
         raise UserError(f"line {line} is not UTF-8 text: convert the file to UTF-8") from None
     if suffix in (".csv", ".tsv"):
         return parse_csv(text, "\t" if suffix == ".tsv" else ",")
-    # one list, or an object per line
-    whole = text.lstrip().startswith("[")
-    rows: list[dict] = []
-    for line, piece in enumerate([text] if whole else text.split("\n"), start=1):
-        if not piece.strip():
-            continue
-        try:
-            found = json.loads(piece, parse_float=Decimal)
-        except ValueError as problem:
-            raise UserError(f"line {line} is not JSON: {one_line(problem)}") from None
-        rows += found if whole else [found]
+    rows = parse_json(text)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"row {index} is {row!r}, not an object with fields")
     return rows
 
 
+def parse_json(text: str) -> list:
+    """Parse one list, or objects one after the other, by line or not. Raises: UserError."""
+    decoder = json.JSONDecoder(parse_float=Decimal)
+    rows, place = [], 0
+    while (place := _BLANK.match(text, place).end()) < len(text):
+        try:
+            found, place = decoder.raw_decode(text, place)
+        except ValueError as problem:
+            line = getattr(problem, "lineno", 1 + text.count("\n", 0, place))
+            reason = getattr(problem, "msg", problem)
+            raise UserError(f"line {line} cannot be read as JSON: {reason}") from None
+        rows += found if isinstance(found, list) else [found]
+    return rows
+
+
 def parse_csv(text: str, delimiter: str) -> list[dict]:
     """Parse CSV with a header line; every value is a text. Raises: UserError with the line."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(sys.maxsize)  # by default 128 KiB, less than some solutions have
+    file = io.StringIO(text, newline="")
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True, restval="")
     rows = []
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
             raise UserError(f"line 1 names a column twice: {names}")
         for row in reader:
-            if None in row or None in row.values():
-                fix = f"must have {len(names)} fields, like the header: quote texts with commas"
-                raise UserError(f"line {reader.line_num} {fix}")
+            if None in row:
+                fix = f"more than the {len(names)} fields of the header: quote texts with commas"
+                raise UserError(f"line {reader.line_num} has {fix}")
             rows.append(row)
     except csv.Error as problem:
-        raise UserError(f"line {reader.line_num} is not CSV: {problem}") from None
+        raise UserError(f"line {reader.reader.line_num} is not CSV: {problem}") from None
     return rows
 
 
-def column(row: dict, name: str, source: str) -> Any:
+def column(row: dict, name: str) -> Any:
     """Return the column `name`, or `row[a][b]` for the name `a.b`.
 
     Raises: UserError with the existing columns.
@@ -137,10 +145,10 @@ def column(row: dict, name: str, source: str) -> Any:
         return row[name]
     value: Any = row
     for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            known = list(value) if isinstance(value, dict) else []
-            hint = nearest(part, known)
-            raise UserError(f"dataset {source!r} has no field {name!r}, only {known}{hint}")
+        if not isinstance(value, dict):
+            raise UserError(f"no field {name!r}, since {value!r:.50} has no parts")
+        if part not in value:
+            raise UserError(f"no field {name!r}, only {list(value)}{nearest(part, list(value))}")
         value = value[part]
     return value
 
@@ -164,18 +172,19 @@ def as_messages(question: Question) -> list[dict]:
             content = "".join(part["text"] for part in content)
         if not isinstance(fields.get("role"), str) or not isinstance(content, str):
             raise UserError(f"question {question!r:.200}: a message lacks its role or its text")
-        if not content.strip():
+        if content.strip():
+            found.append(fields | {"content": content})
+        elif fields["role"] != "system":
             raise UserError(f"question {question!r:.200} is blank, or one of its messages is")
-        found.append(fields | {"content": content})
-    if found[-1]["role"] != "user":
-        role = found[-1]["role"]
-        raise UserError(f"question {question!r:.200} ends with the {role!r}, not with the 'user'")
+    if not found or found[-1]["role"] != "user":
+        raise UserError(f"question {question!r:.200} does not end with a message of the 'user'")
     return found
 
 
 def is_text_part(part: Any) -> bool:
     """Return whether a part of a message's content is text, not an image or the like."""
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part["text"], str)
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return is_text and isinstance(part.get("text"), str)
 
 
 def prompt_ids(
@@ -196,11 +205,10 @@ def prompt_ids(
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
-    except TemplateError as problem:
-        raise UserError(
-            f"the chat template refuses the prompt ({one_line(problem)}); "
-            'if it refuses the system message, add --system_prompt ""'
-        ) from None
+    except Exception as problem:  # templates are programs
+        reason = f"the chat template refuses the prompt: {type_and_message(problem)}"
+        hint = 'if it takes no system message, add --system_prompt ""'
+        raise UserError(f"{reason}; {hint}" if system_prompt else reason) from None
     asked = "".join(messages[-1]["content"].split())
     if asked not in "".join(text.split()):  # templates may trim
         raise UserError(
@@ -209,40 +217,44 @@ def prompt_ids(
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-# Golds that no boxed answer equals: a solution, several sentences, a text around the answer; and
-# dates, which math-verify takes for a difference or a quotient.
-_SOLUTION = re.compile(r"\n|####|\w[.?]\s+[A-Z]|\b[Aa]nswer\b")
-_DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[./]\d\d?[./]\d{4}")
-_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_MOST_WORDS = 5  # of a gold; the longest of DeepMath and the benchmarks has 2
+_SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+|nan", re.IGNORECASE)
+# Golds that no boxed answer equals: several lines or sentences, six words in a row, a text around
+# the answer, a list or an object.
+_SOLUTION = re.compile(
+    r"""\n|####|\w[.?]\s+[A-Z]|([A-Za-z]{2,}\s+){5}[A-Za-z]{2}|\b[Aa]nswer\b|^[\[{]\s*["']"""
+)
+# math-verify takes a date for a difference or a quotient.
+_DATE = re.compile(r"\d{4}[-./]\d\d?[-./]\d\d?|\d\d?[-./]\d\d?[-./]\d{4}")
 
 
 def gold_text(value: Any) -> str:
-    """Write a gold answer as text. Raises: UserError unless it is a number or short LaTeX.
-
-    Numbers are written in full, since 1e-05 in LaTeX is e - 5.
-    """
-    if isinstance(value, float) and value.is_integer() and abs(value) >= 2**53:
-        raise UserError(f"answer {value!r} may be rounded: store such integers as text")
-    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
-    text = str(value).strip() if is_number or isinstance(value, str) else ""
-    if is_number or _SCIENTIFIC.fullmatch(text):
-        number = Decimal(text)
-        if not number.is_finite() or abs(number.adjusted()) > 500:
-            raise UserError(f"answer {text:.200} is not finite, or has more than 500 digits")
-        return format(number, "f")
-    if value is None or (isinstance(value, str) and not text):
+    """Write a gold answer as text. Raises: UserError unless it is a number or short LaTeX."""
+    if value is None or value == "":
         raise UserError("the answer is missing")
-    if not text:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
         kind = type(value).__name__
         raise UserError(f"answer {value!r:.200} is a {kind}: name a column of numbers or text")
-    words = re.findall("[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", text))
-    if _SOLUTION.search(text) or _DATE.fullmatch(text) or len(words) > _MOST_WORDS:
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 2**53:
+        raise UserError(f"answer {value!r} may be rounded: store such integers as text")
+    text = str(value).strip()
+    if not isinstance(value, str) or _SCIENTIFIC.fullmatch(text):
+        return number_text(text)
+    if "\\begin" in text:
+        text = " ".join(text.split())  # a matrix may have several lines
+    if not text or _SOLUTION.search(text) or _DATE.fullmatch(text):
         raise UserError(
-            f"answer {text!r:.200} is a solution, a sentence or a date, which no boxed answer "
-            "equals: name a column with the final answer alone"
+            f"answer {text!r:.200} is blank, a solution, a sentence or a date, which no boxed "
+            "answer equals: name a column with the final answer alone"
         )
     return text
+
+
+def number_text(text: str) -> str:
+    """Write a number in full, since 1e-05 in LaTeX is e - 5. Raises: UserError."""
+    number = Decimal(text)
+    if not number.is_finite() or abs(number.adjusted()) > 500:
+        raise UserError(f"answer {text:.200} is not finite, or has more than 500 digits")
+    return format(number, "f")
 
 
 def load_problems(
@@ -260,10 +272,9 @@ def load_problems(
     """
     problems, too_long, bad = [], 0, []
     for index, row in enumerate(read_dataset(source)):
-        question = column(row, question_field, source)
-        answer = column(row, answer_field, source)
         try:
-            answer = gold_text(answer)
+            answer = gold_text(column(row, answer_field))
+            question = column(row, question_field)
             ids = prompt_ids(tokenizer, question, system_prompt, thinking)
         except UserError as problem:
             bad.append(f"row {index}: {problem}")
@@ -299,8 +310,15 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return f"{len(problems)} problems, SHA-256 {digest[:16]}"
 
 
-def check_golds(source: str, problems: Sequence[Problem], grader: Grader) -> None:
-    """Check that a response can match every gold answer. Raises: UserError."""
+def check_problems(source: str, problems: Sequence[Problem], rows: int, grader: Grader) -> None:
+    """Check prompts against the `rows` of the embedding, golds against the grader.
+
+    Raises: UserError if a token has no row, or if no response could match a gold answer.
+    """
+    for problem in problems:
+        if max(problem.prompt_ids, default=0) >= rows:
+            text = f"has the token {max(problem.prompt_ids)}, the model only {rows}"
+            raise UserError(f"dataset {source!r}, row {problem.row}: its prompt {text}")
     if bad := grader.check_golds([problem.answer for problem in problems]):
         first = problems[bad[0]]
         raise UserError(
@@ -314,7 +332,7 @@ def check_golds(source: str, problems: Sequence[Problem], grader: Grader) -> Non
 
 def load_tokenizer(model: str, chat_template: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with `chat_template` if it is not empty. Raises: UserError."""
-    rows = getattr(read_config(model), "vocab_size", None)
+    rows = read_config(model).vocab_size
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as problem:  # files of any kind, read by third-party code
@@ -322,19 +340,17 @@ def load_tokenizer(model: str, chat_template: str) -> PreTrainedTokenizerBase:
         raise UserError(f"model = {model!r}: its tokenizer cannot be read: {reason}") from None
     if not tokenizer("1+1").input_ids:  # without its files, Transformers makes an empty one
         raise UserError(f"model = {model!r} has no tokenizer: copy tokenizer.json into its folder")
-    template = tokenizer.chat_template = chat_template or tokenizer.chat_template
-    if not template:
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    if not tokenizer.chat_template:
         raise UserError(f"model = {model!r} has no chat template: set chat_template")
-    added = tokenizer.added_tokens_decoder
-    for token, index in tokenizer.get_vocab().items():
-        if not rows or index < rows:
-            continue
-        # A special token that no prompt has does no harm: Gemma 3 1B has one, for images.
-        if index not in added or not added[index].special or token in template:
-            raise UserError(
-                f"model = {model!r}: its tokenizer has the token {token!r} with id {index}, its "
-                f"embedding has {rows} rows: call resize_token_embeddings, or remove the token"
-            )
+    # A special token that no prompt has does no harm: Gemma 3 1B has one, for images.
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows]
+    if set(beyond) - special:
+        raise UserError(
+            f"model = {model!r}: its tokenizer has {len(beyond)} tokens more than the {rows} rows "
+            "of its embedding: call resize_token_embeddings, or use the model's own tokenizer"
+        )
     return tokenizer
 
 
@@ -350,7 +366,9 @@ def end_token_ids(
     ids = [index for index in [*ids, tokenizer.eos_token_id] if index is not None]
     for index in ids:
         if type(index) is not int or not 0 <= index < rows:
-            raise UserError(f"eos_token_id = {found!r}: {index!r} is not a token id below {rows}")
+            raise UserError(
+                f"eos_token_id {index!r} is not an id below {rows}, the embedding's rows"
+            )
     if not ids:
         raise UserError("neither generation config nor tokenizer has an end-of-sequence token")
     return sorted(set(ids))

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -145,7 +146,7 @@ def resume_hint(folder: Path, program: str, resumable: bool) -> str:
 def resume_command(folder: Path, program: str) -> str:
     """Write the command that continues a run."""
     launcher = "python" if world() == 1 else "accelerate launch"
-    return f"{launcher} {program} --resume {folder}"
+    return f"{launcher} {program} --resume {shlex.quote(str(folder))}"
 
 
 def check_disk(
@@ -231,7 +232,8 @@ def checkpoint_failure(problem: BaseException) -> str:
 def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     """Describe the entries of two dicts that differ; "" if none do."""
     names = [name for name in here | there if here.get(name) != there.get(name)]
-    return "; ".join(f"{name} is {here.get(name)}, was {there.get(name)}" for name in names)
+    values = [(name, here.get(name, "absent"), there.get(name, "absent")) for name in names]
+    return "; ".join(f"{name} is {mine}, was {theirs}" for name, mine, theirs in values)
 
 
 def load_checkpoint(
@@ -252,20 +254,21 @@ def load_checkpoint(
     found = gather(checkpoints(folder) if rank() == 0 else [])
     if found:
         newest = found[-1]
+        tensors = trained_tensors(model, optimizer)
         try:
             saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
             if changed := differences(state["inputs"], saved["inputs"]):
                 raise UserError(f"--resume: what {folder} started with has changed: {changed}")
             dcp.FileSystemReader(newest).read_metadata()  # torch logs a traceback of its own
-            tensors = trained_tensors(model, optimizer)
             dcp.load(tensors, checkpoint_id=newest, no_dist=world() == 1)
         except UserError:
             raise
         except (Exception, dcp.api.CheckpointException) as problem:  # a BaseException
-            text = f"{newest} is damaged: {checkpoint_failure(problem)}; "
+            text = f"{newest} cannot be read: {checkpoint_failure(problem)}; if it is damaged, "
             if len(found) == 1:
-                raise UserError(f"{text}there is no older one: start a new run") from problem
-            command = f"mv {newest} {newest}.damaged && {resume_command(folder, program)}"
+                raise UserError(f"{text}start a new run: there is no older one") from problem
+            old, new = shlex.quote(str(newest)), shlex.quote(f"{newest}.damaged")
+            command = f"mv {old} {new} && {resume_command(folder, program)}"
             raise UserError(f"{text}continue from {found[-2].name} with: {command}") from problem
         parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
         options = dataclasses.replace(TRAINED, strict=not adapters)
@@ -302,7 +305,7 @@ def export(folder: Path, weights: Iterable[tuple[str, Tensor]], *parts: Any) -> 
     """Write `final/`, an ordinary Hugging Face folder: -> its path.
 
     `weights`: names and full tensors; all ranks iterate, rank 0 keeps a copy in host memory.
-    `parts`: of `write_model`. Raises: TrainingError, for example if the disk is full.
+    `parts`: see `write_model`. Raises: TrainingError, for example if the disk is full.
     """
     temporary, final = folder / "final.part", folder / "final"
     state = {}
@@ -345,12 +348,12 @@ def write_model(
     generation_config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write weights, which have `dtype`, both configs and the tokenizer."""
+    """Write the weights, `state`, with the configs and the tokenizer. `dtype`: of the weights."""
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config = generation_config  # a sampler may have set another one
     model.save_pretrained(folder, state_dict=state, max_shard_size="4GB")
     model_config = copy(model.config)
-    model_config.dtype = dtype  # not the trainer's float32
+    model_config.dtype = dtype  # the model's own says float32, which it was trained in
     model_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

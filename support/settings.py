@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import re
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +32,13 @@ class UserError(Exception):
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Suggest the most similar of the known words: `; did you mean 'X'?`, or nothing."""
-    others = [other for other in known if other != word]
-    match = difflib.get_close_matches(word, others, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def one_line(problem: BaseException) -> str:
     """Shorten a library's error message to one line."""
-    return " ".join((str(problem) or type(problem).__name__).split())[:300]
+    return textwrap.shorten(str(problem) or type(problem).__name__, 300, placeholder=" ...")
 
 
 def type_and_message(problem: BaseException) -> str:

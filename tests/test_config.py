@@ -43,13 +43,18 @@ def test_help_lists_every_field(capsys):
 
 
 ROWS = {  # question and answer
-    "solution": ("1+1", "1+1 makes\n#### 2"),
-    "sentence": ("1+1", "We add them. The sum is 2."),
-    "wordy": ("1+1", "the sum of both of them, 2"),
+    "solution": ("1+1", "1+1\n2"),
+    "hashes": ("1+1", "#### 2"),
+    "sentence": ("1+1", "Add. It is 2"),
+    "wordy": ("1+1", "the sum of both of them"),
+    "around": ("1+1", "Answer: 2"),
+    "quoted": ("1+1", '{"value": 2}'),
     "date": ("1+1", "2024-01-05"),
+    "us_date": ("1+1", "12-31-1999"),
     "list": ("1+1", ["2"]),
     "true": ("1+1", True),
     "long": ("1+1", "1" * 600),
+    "huge": ("1+1", 10**600),
     "unclosed": ("1+1", "\\frac{1"),
     "infinite": ("1+1", math.inf),
     "null": ("1+1", None),
@@ -57,6 +62,8 @@ ROWS = {  # question and answer
     "blank": (" ", "2"),
     "roles": ([{"content": "1+1"}], "2"),
     "image": ([{"role": "user", "content": [{"type": "image"}]}], "2"),
+    "parts": ([{"role": "user", "content": [{"type": "text"}]}], "2"),
+    "model": ([{"role": "user", "content": "1+1"}, {"role": "model", "content": "2"}], "2"),
     "solved": ([{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}], "2"),
 }
 FILES = {f"{name}.jsonl": json.dumps(dict(zip(("question", "answer"), row))) for name, row in ROWS.items()}

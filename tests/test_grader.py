@@ -28,7 +28,7 @@ def test_verdicts():
     with grading.Grader(workers=2, seconds=10.0) as grader:
         found = grader.grade(list(responses), list(golds))
         assert grader.failures == 0
-        assert grader.check_golds([r"\frac12", r"\boxed{", "3", "", "3"]) == [1, 3]
+        assert grader.check_golds([r"\frac12", r"\boxed{", "3", "", r"\$"]) == [1, 3, 4]
     expected = [float(verdict == "right") for verdict in verdicts]
     assert [case for case, one, other in zip(CASES, found, expected) if one != other] == []
 

@@ -5,6 +5,7 @@ import gzip
 import http.server
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from conftest import ROOT, read_lines, read_metrics, toy_arguments, write_lines
 
 LINES = b'{"question": "1", "answer": 12345678901234567891}\n\n{"question": "2", "answer": 1e-05}\n'
 PARTS = {"role": "user", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}
+MATRIX = "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}"
 FILES = {  # content, and its gold answers
     "numbers.jsonl": (LINES, ["12345678901234567891", "0.00001"]),
     "list.json": (b'[{"question": "1",\n"answer": 0.50}, {"question": "2", "answer": "1e3"}]', ["0.50", "1000"]),
@@ -33,6 +35,8 @@ FILES = {  # content, and its gold answers
     "text.csv": (b'question,answer\n1,007\n2,NA\n3,"(1,5)"\n', ["007", "NA", "(1,5)"]),
     "tabs.tsv": (b"question\tanswer\n1\t1e-05\n", ["0.00001"]),
     "parts.jsonl": (json.dumps({"question": [PARTS], "answer": "2"}).encode(), ["2"]),
+    "matrix.json": (json.dumps({"question": "1", "answer": MATRIX}, indent=1).encode(), [" ".join(MATRIX.split())]),
+    "algebra.csv": (b"question,answer\n1,ab+bc+ca+abd+cde+efg\n2,8x\n", ["ab+bc+ca+abd+cde+efg", "8x"]),
     "separators.jsonl": ('{"question": "1\u2028", "answer": "2"}'.encode(), ["2"]),  # not the end of the line
 }
 
@@ -136,6 +140,7 @@ def into_final(folder):
 
 
 NORM, UP, EMBEDDING = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+GENERATION = "generation_config.json"
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 CODE = {"model_type": "new", "auto_map": {"AutoConfig": "new.Config"}}
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -147,22 +152,22 @@ BROKEN = {
     "a value head": (weights(lambda w: w | {"v_head": torch.ones(3)}), "unexpected weights (1, such as v_head)"),
     "another shape": (weights(lambda w: w | {NORM: torch.ones(5)}), f"mismatched weights (1, such as {NORM})"),
     "another head": (weights(lambda w: w | {"lm_head.weight": w[EMBEDDING] + 1}), "set tie_word_embeddings to false"),
-    "not a number": (weights(lambda w: w | {NORM: w[NORM] * torch.nan}), f"the weight {NORM} is not finite"),
+    "not a number": (weights(lambda w: w | {UP: w[UP] * torch.nan}), f"the weight {UP} is not finite"),
     "zeros": (weights(lambda w: w | {UP: w[UP] * 0}), f"the weight {UP} is all zeros"),
-    "int8": (weights(lambda w: w | {UP: w[UP].char()}), "model.safetensors has quantized weights, I8"),
     "quantized": (settings("config.json", quantization_config={"quant_method": "awq"}), "is quantized: use the model"),
     "truncated": (damage, "model.safetensors is damaged"),
     "a pointer": (text("model.safetensors", LFS), "model.safetensors is a Git LFS pointer: run git lfs pull"),
     "an adapter": (text("adapter_config.json", "{}"), "is an adapter of PEFT: merge it"),
     "a run": (into_final, "has no config.json, so it is not a model: name "),
     "own code": (settings("config.json", **CODE), "it needs trust_remote_code"),
-    "no folder": (shutil.rmtree, "there is no such folder"),
+    "no folder": (shutil.rmtree, "is not a folder; to resume a run, put its model back"),
     "no tokenizer": (without_tokenizer, "has no tokenizer: copy tokenizer.json"),
-    "more tokens": (tokens(["7+"], False), "the token '7+' with id 21, its embedding has 21 rows"),
-    "a token of the template": (tokens(["<bos>"], True, "<bos>"), "the token '<bos>' with id 21"),
-    "a word as end token": (settings("generation_config.json", eos_token_id="1"), "'1' is not a token id below 21"),
-    "an unknown end token": (settings("generation_config.json", eos_token_id=[1, 21]), "21 is not a token id below 21"),
-    "torn": (text("generation_config.json", "{"), "generation_config.json: "),
+    "more tokens": (tokens(["7+"], False), "1 tokens more than the 21 rows of its embedding"),
+    "a token of the template": (tokens(["<bos>"], True, "<bos>"), "row 0: its prompt has the token 21, the model only"),
+    "a word as end token": (settings(GENERATION, eos_token_id="1"), "eos_token_id '1' is not an id below 21"),
+    "an unknown end token": (settings(GENERATION, eos_token_id=[1, 21]), "eos_token_id 21 is not an id below 21"),
+    "beams": (settings(GENERATION, num_return_sequences=4), "generation_config.json: ValueError: Greedy"),
+    "torn": (text(GENERATION, "{"), "generation_config.json: "),
 }
 
 
@@ -189,6 +194,7 @@ def test_a_broken_model_gets_one_line_from_both_programs(toy, tmp_path, capsys, 
 
 
 UNUSED_TOKEN = tokens(["<image>"], True), torch.float32  # as in Gemma 3 1B
+NO_GENERATION_CONFIG = lambda folder: (folder / "generation_config.json").unlink(), torch.float32
 BASE_MODEL = weights(lambda w: {k.removeprefix("model."): v for k, v in w.items()}), torch.float32
 BOTH_TIED = weights(lambda w: w | {"lm_head.weight": w[EMBEDDING].clone()}), torch.float32
 
@@ -199,7 +205,10 @@ def in_bfloat16(folder):
     settings("config.json", dtype=None)(folder)
 
 
-@pytest.mark.parametrize("change,dtype", [UNUSED_TOKEN, BASE_MODEL, BOTH_TIED, (in_bfloat16, torch.bfloat16)])
+UNUSUAL = [UNUSED_TOKEN, NO_GENERATION_CONFIG, BASE_MODEL, BOTH_TIED, (in_bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("change,dtype", UNUSUAL)
 def test_an_unusual_model_is_trained_and_exported_as_it_was(toy, tmp_path, change, dtype):
     model = shutil.copytree(toy, tmp_path / "model")
     change(model)
@@ -219,7 +228,9 @@ def test_a_legal_generation_config_never_costs_the_export(toy, tmp_path, capsys)
     beams = {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}
     settings("generation_config.json", do_sample=False, top_p=0.9, repetition_penalty=1.1, **beams)(model)
     assert oisd.main(toy_arguments(toy, run, model=model, num_steps=1)) == 0
-    assert "lacks what has no effect: early_stopping, length_penalty, top_p" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for name in ("early_stopping", "length_penalty", "top_p"):
+        assert f"final/generation_config.json will lack {name}, which has no effect" in shown
     final = GenerationConfig.from_pretrained(run / "final")
     assert (final.eos_token_id, final.repetition_penalty, final.top_p) == (1, 1.1, None)
 
@@ -279,6 +290,7 @@ def test_adapters_resume_on_the_same_model_only(toy, tmp_path, capsys, name):
     model, run = shutil.copytree(toy, tmp_path / "model"), tmp_path / "run"
     assert oisd.main(toy_arguments(toy, run, model=model, num_steps=1, lora_rank=2)) == 0
     (model / "README.md").write_text("is not read")
+    (model / "trainer_state.json").write_text("neither")
     assert oisd.main(["--resume", str(run), "--num_steps=2"]) == 0
     change(model)
     assert oisd.main(["--resume", str(run), "--num_steps=3"]) == 2
@@ -295,17 +307,26 @@ def cut(pattern, size):
 
 @pytest.mark.parametrize("change", [cut("*.distcp", -10), cut("*.distcp", 0), cut(".metadata", 9), cut("*.json", 9)])
 def test_a_damaged_checkpoint_is_named_with_the_way_around_it(toy, tmp_path, capsys, change):
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     assert oisd.main(toy_arguments(toy, run, num_steps=3, checkpoint_every=1)) == 0
     before = read_metrics(run)
     change(run / "checkpoints" / "step_000003")
     assert oisd.main(["--resume", str(run)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"{run}/checkpoints/step_000003 is damaged: " in line and "; continue from step_000002 with: mv " in line
+    assert f"{run}/checkpoints/step_000003 cannot be read: " in line and "continue from step_000002 with: mv " in line
     move, _, resume = line.partition(" with: ")[2].partition(" && ")
     subprocess.run(move, shell=True, check=True)
-    assert oisd.main(resume.removeprefix("python oisd.py ").split()) == 0
+    assert oisd.main(shlex.split(resume.removeprefix("python oisd.py "))) == 0
     assert read_metrics(run) == before
+
+
+def test_vllm_gets_checked_weights_too(toy, tmp_path, monkeypatch, capsys):
+    """It would evaluate them without a word."""
+    model = shutil.copytree(toy, tmp_path / "model")
+    weights(lambda w: w | {UP: w[UP] * torch.nan})(model)
+    monkeypatch.setattr(oisd, "VllmSampler", pytest.fail)
+    assert evaluate.main([*evaluation(model, toy / "train.jsonl", tmp_path / "run"), "--sampler=vllm"]) == 2
+    assert f"the weight {UP} is not finite" in capsys.readouterr().err
 
 
 def test_one_problem_has_no_standard_error(toy, tmp_path):

@@ -16,10 +16,10 @@ from support.run_folder import write_atomically
 from support.settings import UserError
 
 
-def solution_of(row: dict, source: str) -> str:
+def solution_of(row: dict) -> str:
     """Return what follows `</think>` in the first complete solution, or "" if there is none."""
     for name in ("r1_solution_1", "r1_solution_2", "r1_solution_3"):
-        text = column(row, name, source) or ""
+        text = column(row, name) or ""
         answer = text.rpartition("</think>")[2].strip()
         if answer and "<think>" not in answer:
             return answer
@@ -36,10 +36,10 @@ def main(words: list[str] | None = None) -> int:
     try:
         problems = read_dataset(options.problems)
         for row in read_dataset(options.solutions):
-            question = " ".join(column(row, "question", options.solutions).split())  # white space does not count
-            known[question] = known.get(question) or solution_of(row, options.solutions)
+            question = " ".join(column(row, "question").split())  # white space does not count
+            known[question] = known.get(question) or solution_of(row)
         for row in problems:
-            question = " ".join(column(row, "question", options.problems).split())
+            question = " ".join(column(row, "question").split())
             if solution := known.get(question):
                 lines.append(json.dumps(row | {"solution": solution}, ensure_ascii=False, default=str) + "\n")
         if not lines:
