@@ -61,11 +61,11 @@ def check_folder(model: str) -> None:
     if not folder.is_dir():
         on_hub = not model.startswith(("/", ".", "~")) and model.count("/") < 2
         if folder.is_file() or not on_hub:
-            raise UserError(f"{where} is not a folder; to resume a run, put its model back")
+            raise UserError(f"{where} is not a folder (a run that is resumed needs it again)")
         return
     if not (folder / "config.json").is_file():
         final = folder / "final"
-        hint = f": name {final}" if final.is_dir() else ""
+        hint = f"; did you mean {final}?" if final.is_dir() else ""
         raise UserError(f"{where} has no config.json, so it is not a model{hint}")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{where} is an adapter of PEFT: merge it into its base model first")

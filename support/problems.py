@@ -284,7 +284,7 @@ def load_problems(
         else:
             problems.append(Problem(index, ids, answer))
     if bad:
-        more = f" ({len(bad) - 1} more rows are bad)" if len(bad) > 1 else ""
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise UserError(f"dataset {source!r}, {bad[0]}{more}")
     if not problems and not too_long:
         raise UserError(f"dataset {source!r} has no rows")
@@ -317,7 +317,7 @@ def check_problems(source: str, problems: Sequence[Problem], rows: int, grader: 
     """
     for problem in problems:
         if max(problem.prompt_ids, default=0) >= rows:
-            text = f"has the token {max(problem.prompt_ids)}, the model only {rows}"
+            text = f"has token id {max(problem.prompt_ids)}, the embedding only {rows} rows"
             raise UserError(f"dataset {source!r}, row {problem.row}: its prompt {text}")
     if bad := grader.check_golds([problem.answer for problem in problems]):
         first = problems[bad[0]]
