@@ -91,8 +91,8 @@ def load_problems(source: str, tokenizer, config: OpsdConfig) -> tuple[list[Prob
         try:
             solution = problems.column(row, config.solution_field)
         except UserError as missing:
-            where = f"dataset {source!r}, row {problem.row}"
-            raise UserError(f"{where}: {missing}: OPSD's teacher reads a solution") from None
+            text = f"{missing}: OPSD's teacher reads a reference solution"
+            raise UserError(f"dataset {source!r}, row {problem.row}: {text}") from None
         if not isinstance(solution, str) or not solution.strip():
             raise UserError(f"dataset {source!r}, row {problem.row}: the solution is {solution!r}")
         question = problems.column(row, config.question_field)

@@ -316,10 +316,11 @@ def export(folder: Path, weights: Iterable[tuple[str, Tensor]], *parts: Any) -> 
         try:
             write_model(temporary, state, *parts)
             finish_folder(temporary, final)
-        except Exception as problem:  # third-party code; the checkpoint has everything
+        except Exception as problem:  # third-party code; the last checkpoint has everything
             shutil.rmtree(temporary, ignore_errors=True)
-            text = f"{final} was not written: {type_and_message(problem)}"
-            raise TrainingError(text, weights_intact=True) from problem
+            raise TrainingError(
+                f"{final} was not written: {type_and_message(problem)}"
+            ) from problem
     wait_for_all()
     return final
 

@@ -108,7 +108,8 @@ def test_the_papers_data_are_the_known_problems_and_can_be_graded(toy):
     files = {"amc23": "amc2023", "math500": "math500", "aime24": "aime_2024", "aime25": "aime_2025"}
     files["train"] = "deepmath-5k"
     sources = ",".join(f"{name}={PAPER_DATA / file}.parquet" for name, file in files.items())
-    config = evaluate.Config(benchmarks=sources, question_field="prompt", answer_field="reward_model.ground_truth")
+    fields = {"question_field": "prompt", "answer_field": "reward_model.ground_truth"}
+    config = evaluate.Config(model=str(toy), benchmarks=sources, **fields)
     tokenizer = evaluate.problems.load_tokenizer(str(toy), "")
     with evaluate.Grader(workers=2) as grader:
         for benchmark in evaluate.find_benchmarks(config).values():
