@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import CONFIG_NAME, cached_file
 
 from support.processes import gather, say
+from support.run_folder import hash_files
 from support.settings import UserError, derive_seed, one_line, type_and_message
 
 logging.disable_progress_bar()  # a bar for each loading and writing
@@ -134,11 +134,7 @@ def drop_invalid(generation_config: GenerationConfig) -> None:
 
 def file_hashes(model: str) -> dict[str, str]:
     """Hash what a model is made of: -> start of SHA-256, by file name."""
-    hashes = {}
-    for path in model_files(local_folder(model)):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
+    return hash_files(model_files(local_folder(model)))
 
 
 def local_folder(model: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -102,6 +103,15 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(old)
     if folder.exists():
         shutil.rmtree(folder.rename(old))
+
+
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Hash the content of files: -> start of SHA-256, by name."""
+    hashes = {}
+    for path in paths:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashes
 
 
 def commit() -> str:
@@ -208,7 +218,8 @@ def save_checkpoint(
         tensors = trained_tensors(model, optimizer)
         dcp.save(tensors, checkpoint_id=temporary, no_dist=world() == 1)
         if rank() == 0:
-            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            write_atomically(temporary / "hashes.json", json.dumps(tensor_hashes(temporary)))
+            write_atomically(temporary / "state.json", json.dumps(state))
             finish_folder(temporary, final)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
         if rank() == 0:
@@ -221,6 +232,11 @@ def save_checkpoint(
             remove_folder(old)
     wait_for_all()
     return final
+
+
+def tensor_hashes(checkpoint: Path) -> dict[str, str]:
+    """Hash the files of a checkpoint that hold tensors."""
+    return hash_files([checkpoint / ".metadata", *sorted(checkpoint.glob("*.distcp"))])
 
 
 def checkpoint_failure(problem: BaseException) -> str:
@@ -259,7 +275,10 @@ def load_checkpoint(
             saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
             if changed := differences(state["inputs"], saved["inputs"]):
                 raise UserError(f"--resume: what {folder} started with has changed: {changed}")
-            dcp.FileSystemReader(newest).read_metadata()  # torch logs a traceback of its own
+            if rank() == 0:
+                hashes = json.loads((newest / "hashes.json").read_text(encoding="utf-8"))
+                if changed := differences(tensor_hashes(newest), hashes):
+                    raise ValueError(changed)
             dcp.load(tensors, checkpoint_id=newest, no_dist=world() == 1)
         except UserError:
             raise

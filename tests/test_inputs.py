@@ -25,6 +25,7 @@ from conftest import ROOT, read_lines, read_metrics, toy_arguments, write_lines
 # ---- Data ----------------------------------------------------------------------------------------
 
 LINES = b'{"question": "1", "answer": 12345678901234567891}\n\n{"question": "2", "answer": 1e-05}\n'
+BLANK = {"role": "system", "content": ""}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}
 MATRIX = "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}"
 FILES = {  # content, and its gold answers
@@ -34,7 +35,7 @@ FILES = {  # content, and its gold answers
     "upper.JSONL": (b"\xef\xbb\xbf" + LINES, ["12345678901234567891", "0.00001"]),
     "text.csv": (b'question,answer\n1,007\n2,NA\n3,"(1,5)"\n', ["007", "NA", "(1,5)"]),
     "tabs.tsv": (b"question\tanswer\n1\t1e-05\n", ["0.00001"]),
-    "parts.jsonl": (json.dumps({"question": [PARTS], "answer": "2"}).encode(), ["2"]),
+    "parts.jsonl": (json.dumps({"question": [BLANK, PARTS], "answer": "2"}).encode(), ["2"]),
     "matrix.json": (json.dumps({"question": "1", "answer": MATRIX}, indent=1).encode(), [" ".join(MATRIX.split())]),
     "algebra.csv": (b"question,answer\n1,ab+bc+ca+abd+cde+efg\n2,8x\n", ["ab+bc+ca+abd+cde+efg", "8x"]),
     "separators.jsonl": ('{"question": "1\u2028", "answer": "2"}'.encode(), ["2"]),  # not the end of the line
@@ -297,6 +298,13 @@ def test_adapters_resume_on_the_same_model_only(toy, tmp_path, capsys, name):
     assert f"what {run} started with has changed: {message}" in capsys.readouterr().err
 
 
+def flip(folder):
+    path = next(folder.glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def cut(pattern, size):
     def apply(folder):
         path = next(folder.glob(pattern))
@@ -305,7 +313,7 @@ def cut(pattern, size):
     return apply
 
 
-@pytest.mark.parametrize("change", [cut("*.distcp", -10), cut("*.distcp", 0), cut(".metadata", 9), cut("*.json", 9)])
+@pytest.mark.parametrize("change", [flip, cut("*.distcp", 0), cut(".metadata", 9), cut("state.json", 9)])
 def test_a_damaged_checkpoint_is_named_with_the_way_around_it(toy, tmp_path, capsys, change):
     run = tmp_path / "my run"
     assert oisd.main(toy_arguments(toy, run, num_steps=3, checkpoint_every=1)) == 0
