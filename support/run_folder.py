@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import IO, Any
@@ -252,6 +252,25 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     return "; ".join(f"{name} is {mine}, was {theirs}" for name, mine, theirs in values)
 
 
+@contextlib.contextmanager
+def reading(found: Sequence[Path], resume: str) -> Iterator[None]:
+    """Turn an error into a UserError that says how to continue from the checkpoint before.
+
+    `found`: all checkpoints, oldest first, of which the last is read. `resume`: see
+    `resume_command`.
+    """
+    try:
+        yield
+    except (Exception, dcp.api.CheckpointException) as problem:  # the latter is a BaseException
+        newest = found[-1]
+        text = f"{newest} cannot be read: {checkpoint_failure(problem)}; if it is damaged, "
+        if len(found) == 1:
+            raise UserError(f"{text}start a new run: there is no older one") from problem
+        move = f"mv {shlex.quote(str(newest))} {shlex.quote(f'{newest}.damaged')}"
+        text += f"continue from {found[-2].name} with: {move} && {resume}"
+        raise UserError(text) from problem
+
+
 def load_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -271,24 +290,16 @@ def load_checkpoint(
     if found:
         newest = found[-1]
         tensors = trained_tensors(model, optimizer)
-        try:
+        resume = resume_command(folder, program)
+        with reading(found, resume):
             saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-            if changed := differences(state["inputs"], saved["inputs"]):
-                raise UserError(f"--resume: what {folder} started with has changed: {changed}")
-            if rank() == 0:
-                hashes = json.loads((newest / "hashes.json").read_text(encoding="utf-8"))
-                if changed := differences(tensor_hashes(newest), hashes):
-                    raise ValueError(changed)
+            hashes = json.loads((newest / "hashes.json").read_text(encoding="utf-8"))
+            if rank() == 0 and (changed := differences(tensor_hashes(newest), hashes)):
+                raise ValueError(changed)
+        if changed := differences(state["inputs"], saved["inputs"]):
+            raise UserError(f"--resume: what {folder} started with has changed: {changed}")
+        with reading(found, resume):
             dcp.load(tensors, checkpoint_id=newest, no_dist=world() == 1)
-        except UserError:
-            raise
-        except (Exception, dcp.api.CheckpointException) as problem:  # a BaseException
-            text = f"{newest} cannot be read: {checkpoint_failure(problem)}; if it is damaged, "
-            if len(found) == 1:
-                raise UserError(f"{text}start a new run: there is no older one") from problem
-            old, new = shlex.quote(str(newest)), shlex.quote(f"{newest}.damaged")
-            command = f"mv {old} {new} && {resume_command(folder, program)}"
-            raise UserError(f"{text}continue from {found[-2].name} with: {command}") from problem
         parts = {"model_state_dict": tensors["model"], "optim_state_dict": tensors["optimizer"]}
         options = dataclasses.replace(TRAINED, strict=not adapters)
         sharded_state.set_state_dict(model, optimizer, **parts, options=options)
@@ -426,10 +437,7 @@ class Log:
         self.bar.close()
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Log a step. What is not finite becomes null, since JSON has no NaN."""
-        for name, value in metrics.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                metrics[name] = None
+        """Log a step."""
         if rank() == 0:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
