@@ -271,6 +271,7 @@ def test_an_evaluation_that_fails_costs_no_training(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(oisd, "report_accuracy", failing)
     with pytest.raises(RuntimeError):
         oisd.main(toy_arguments(toy, run, num_steps=2, checkpoint_every=0))
+    assert (run / "checkpoints" / "step_000002").exists()
     for steps_in_all in (2, 3):
         assert oisd.main(["--resume", str(run), f"--num_steps={steps_in_all}"]) == 0
     assert list(json.loads((run / "held_out.json").read_text())) == ["0", "2", "3"]
