@@ -45,8 +45,10 @@ def check_packages(attention: str, tracker: str, lora_rank: int) -> None:
 
 
 # The files of a model's folder that are read. Others may change.
-WEIGHTS = ["*.safetensors", "pytorch_model*.bin", "*.index.json"]
-FILES = [*WEIGHTS, *"*config.json *token*.json chat_template* *.model vocab* merges.txt".split()]
+FILES = (
+    "*.safetensors pytorch_model*.bin *.index.json *config.json "
+    "*token*.json chat_template* *.model vocab* merges.txt"
+).split()
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -172,12 +174,10 @@ def load_weights(
     Transformers fills missing weights at random and ignores those it does not know. Here both are
     a UserError, like other shapes, and weights that are not finite.
     """
+    files_dtype = check_headers(name)
     try:
-        files_dtype = check_headers(name)
         settings = {"dtype": dtype, "attn_implementation": attention}
         model = AutoModelForCausalLM.from_pretrained(name, **settings)
-    except UserError:
-        raise
     except Exception as problem:  # files of any kind, read by third-party code
         raise UserError(f"model = {name!r} cannot be loaded: {load_failure(problem)}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -228,6 +228,8 @@ def check_headers(name: str) -> torch.dtype:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed
         )
+    except Exception as problem:  # files of any kind, read by third-party code
+        raise UserError(f"model = {name!r} cannot be loaded: {load_failure(problem)}") from None
     finally:
         logging.set_verbosity(verbosity)
     kinds = {
