@@ -1328,7 +1328,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
         with accelerator.main_process_first():
             laptop.make()
     limits = config.student_layer, config.longest_row, config.prompt_limit
-    models.check_model_config(config.model, *limits)
+    rows = models.check_model_config(config.model, *limits).vocab_size
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
     held_out, left_out = [], 0
     with accelerator.main_process_first():  # the others find its cache
@@ -1338,7 +1338,6 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     held_out = held_out[: config.eval_problems or None]
     grader = Grader(workers=config.grader_workers, seconds=config.grader_seconds)
     if rank() == 0:
-        rows = models.read_config(config.model).vocab_size
         problems.check_problems(config.train_data, training, rows, grader)
         problems.check_problems(config.test_data, held_out, rows, grader)
     found = f"{len(training)} training problems, {too_long} too long"
@@ -1422,7 +1421,7 @@ def load_source(
             check(source)
         schedule = config.num_steps, config.checkpoint_every, config.checkpoints_kept
         run_folder.check_disk(folder, source, export_dtype, *schedule)
-        rows = len(loaded.get_input_embeddings().weight)
+        rows = loaded.config.vocab_size
         end_ids = problems.end_token_ids(generation_config, tokenizer, rows)
         models.drop_invalid(generation_config)
         parts = loaded, export_dtype, generation_config, tokenizer
@@ -1480,8 +1479,8 @@ def train(run: Run) -> None:
                 save_checkpoint(run)  # first, since an evaluation may fail
             if step == 0 or last or run_folder.every(config.eval_every, step):
                 report_accuracy(run)
-            if due:
-                save_checkpoint(run)  # the score, too
+                if due:
+                    save_checkpoint(run)  # the score, too
             log.draw(step, last)
             if last:
                 break

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.settings import UserError, one_line
+from support.settings import UserError, type_and_message
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def check_model(
     except UserError as problem:
         raise UserError(f"model = {name!r} ({kind}) {problem}") from None
     except Exception as problem:  # third-party code, used in a way its authors may not expect
-        reason = f"cannot be run packed and tapped: {type(problem).__name__}: {one_line(problem)}"
+        reason = f"cannot be run packed and tapped: {type_and_message(problem)}"
         raise UserError(f"model = {name!r} ({kind}) {reason}") from problem
     finally:
         model.eval()

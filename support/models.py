@@ -147,8 +147,10 @@ def local_folder(model: str) -> Path:
 # ---- Models ------------------------------------------------------------------------------------
 
 
-def check_model_config(model: str, student_layer: int, longest_row: int, prompt_limit: str) -> None:
-    """Read a model's config and check what needs no weights. Raises: UserError.
+def check_model_config(
+    model: str, student_layer: int, longest_row: int, prompt_limit: str
+) -> PreTrainedConfig:
+    """Read a model's config and check what needs no weights: -> the config. Raises: UserError.
 
     `longest_row`: tokens that positions must exist for, `prompt_limit` + max_response_tokens.
     """
@@ -164,6 +166,7 @@ def check_model_config(model: str, student_layer: int, longest_row: int, prompt_
             f"{prompt_limit} + max_response_tokens = {longest_row} exceed the {positions} "
             f"positions of {model}"
         )
+    return config
 
 
 def load_weights(

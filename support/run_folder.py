@@ -218,8 +218,9 @@ def save_checkpoint(
         tensors = trained_tensors(model, optimizer)
         dcp.save(tensors, checkpoint_id=temporary, no_dist=world() == 1)
         if rank() == 0:
-            write_atomically(temporary / "hashes.json", json.dumps(tensor_hashes(temporary)))
-            write_atomically(temporary / "state.json", json.dumps(state))
+            hashes = json.dumps(tensor_hashes(temporary))
+            (temporary / "hashes.json").write_text(hashes, encoding="utf-8")
+            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
             finish_folder(temporary, final)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
         if rank() == 0:
@@ -454,7 +455,7 @@ class Log:
             try:
                 draw_curves(read_metrics(self.folder), self.folder / "curves.png")
             except Exception as problem:
-                say(f"curves.png was not drawn: {type(problem).__name__}: {problem}")
+                say(f"curves.png was not drawn: {type_and_message(problem)}")
 
 
 def write_rollouts(folder: Path, step: int, rollouts: Sequence[Any], tokenizer: Any) -> None:

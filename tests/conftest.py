@@ -70,6 +70,14 @@ def toy_arguments(toy, output, **changes):
     return ["--config", str(ROOT / "configs.toml:tiny"), *(f"--{name}={value}" for name, value in fields.items())]
 
 
+def evaluation_arguments(toy, output, **changes):
+    """Write the command line of an evaluation of the toy on its sums."""
+    fields = {"model": toy, "benchmarks": f"sums={toy / 'train.jsonl'}", "output_dir": output, "samples": 5}
+    fields |= {"sampler": "hf", "dtype": "float32", "max_response_tokens": 8, "sampler_batch": 10}
+    fields |= {"question_field": "question", "answer_field": "answer"} | changes
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -11,6 +11,7 @@ import pytest
 from support.hf_sampler import HfSampler
 
 from conftest import PAPER_DATA, ROOT, launch, needs_paper_data, output_of, read_lines, write_lines
+from conftest import evaluation_arguments as arguments
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample():
@@ -29,13 +30,6 @@ def test_figures_and_standard_errors_by_hand():
     assert evaluate.estimate([score["Avg@K"] for score in scores]) == pytest.approx((500 / 9, 100 * error))
     assert [score["Pass@2"] for score in scores] == pytest.approx([100, 500 / 6, 50])
     assert evaluate.macro([(0.2, 0.03), (0.6, 0.04)]) == pytest.approx((0.4, 0.025))
-
-
-def arguments(toy, folder, **changes):
-    fields = {"model": toy, "benchmarks": f"sums={toy / 'train.jsonl'}", "output_dir": folder, "samples": 5}
-    fields |= {"sampler": "hf", "dtype": "float32", "max_response_tokens": 8, "sampler_batch": 10}
-    fields |= {"question_field": "question", "answer_field": "answer"} | changes
-    return [f"--{name}={value}" for name, value in fields.items()]
 
 
 @pytest.fixture(scope="module")

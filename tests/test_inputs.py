@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support import problems, run_folder
 from transformers import AutoTokenizer, GenerationConfig
 
-from conftest import ROOT, read_lines, read_metrics, toy_arguments, write_lines
+from conftest import ROOT, evaluation_arguments, read_lines, read_metrics, toy_arguments, write_lines
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -172,14 +172,6 @@ BROKEN = {
 }
 
 
-def evaluation(model, data, output):
-    """Write the command line of a short evaluation."""
-    files = {"model": model, "benchmarks": f"sums={data}", "output_dir": output}
-    fields = {"question_field": "question", "answer_field": "answer", "sampler": "hf", "dtype": "float32"}
-    fields |= files | {"max_response_tokens": 8, "samples": 2}
-    return [f"--{name}={value}" for name, value in fields.items()]
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_model_gets_one_line_from_both_programs(toy, tmp_path, capsys, name):
     change, message = BROKEN[name]
@@ -187,7 +179,7 @@ def test_a_broken_model_gets_one_line_from_both_programs(toy, tmp_path, capsys, 
     change(model)
     data = {"train_data": toy / "train.jsonl", "test_data": ""}
     assert oisd.main(toy_arguments(toy, run, **data, model=model)) == 2
-    assert evaluate.main(evaluation(model, toy / "train.jsonl", run)) == 2
+    assert evaluate.main(evaluation_arguments(toy, run, model=model)) == 2
     lines = capsys.readouterr().err.splitlines()
     lines = [line for line in lines if line.startswith(("oisd: error: ", "evaluate: error: "))]
     assert len(lines) == 2 and all(message in line for line in lines), lines
@@ -334,7 +326,7 @@ def test_vllm_gets_checked_weights_too(toy, tmp_path, monkeypatch, capsys):
     model = shutil.copytree(toy, tmp_path / "model")
     weights(lambda w: w | {UP: w[UP] * torch.nan})(model)
     monkeypatch.setattr(oisd, "VllmSampler", pytest.fail)
-    assert evaluate.main([*evaluation(model, toy / "train.jsonl", tmp_path / "run"), "--sampler=vllm"]) == 2
+    assert evaluate.main(evaluation_arguments(toy, tmp_path / "run", model=model, sampler="vllm")) == 2
     assert f"the weight {UP} is not finite" in capsys.readouterr().err
 
 
@@ -343,7 +335,7 @@ def test_one_problem_has_no_standard_error(toy, tmp_path):
     data = write_lines(tmp_path / "one.jsonl", [{"question": "1+1", "answer": "2"}])
     assert oisd.main(toy_arguments(toy, tmp_path / "run", num_steps=1, test_data=data)) == 0
     assert json.loads((tmp_path / "run" / "held_out.json").read_text())["0"]["standard_error"] is None
-    assert evaluate.main(evaluation(toy, data, tmp_path / "eval")) == 0
+    assert evaluate.main(evaluation_arguments(toy, tmp_path / "eval", benchmarks=f"sums={data}")) == 0
     summary = (tmp_path / "eval" / "summary.json").read_text()
     assert json.loads(summary, parse_constant=pytest.fail)["figures"]["sums"]["Avg@K"][1] is None
     assert "±" not in (tmp_path / "eval" / "table.md").read_text().partition("Problems x")[0]
