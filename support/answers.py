@@ -1,0 +1,499 @@
+r"""Decide whether an answer says the same as the gold answer. `docs/grading.md` gives the reasons.
+
+`same_answer` rewrites both in plain LaTeX and takes equations, units and collections apart. What is
+left are single values, which math-verify compares. All of it runs in the worker processes of
+`grader.py`, because sympy may hang, run out of memory or abort.
+"""
+
+import functools
+import math
+import re
+import unicodedata
+from fractions import Fraction
+
+import pint
+from latex2sympy2_extended import NormalizationConfig, latex2sympy
+from math_verify import verify
+from math_verify.grader import should_treat_as_complex
+from sympy import Expr, I
+
+# --- Plain LaTeX: what an answer says, not how it is drawn ---
+
+
+def _table(text: str) -> dict[str, str]:
+    """Return a dictionary of the words in `text`: key, value, key, value, ..."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2]))
+
+
+_SYMBOLS = _table(r"""
+− - – - ⁄ / ∕ / × \times · \cdot ⋅ \cdot ÷ \div ± \pm ∞ \infty ° ^\circ √ \sqrt ∛ \sqrt[3]
+≤ \le ≥ \ge ≠ \ne ≈ \approx ∈ \in ∪ \cup ∩ \cap ∅ \emptyset
+ℝ \mathbb{R} ℤ \mathbb{Z} ℚ \mathbb{Q} ℕ \mathbb{N} ℂ \mathbb{C}""")
+_FACTORS = _table(r"""
+percent \frac{1}{100} dozen 12 hundred 100 thousand 1000 million 10^{6} billion 10^{9}
+trillion 10^{12}""")
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_WORDS |= dict.fromkeys(["infinity", "infinite", "infinitely many"], r"\infty")
+_WORDS["empty set"] = r"\emptyset"
+
+
+def _character(char: str) -> str:
+    """Return ASCII LaTeX for one character."""
+    if char.isascii():
+        return char
+    if char in _SYMBOLS:
+        return _SYMBOLS[char] + " "
+    if unicodedata.category(char) == "Cf":  # zero-width blanks and joiners
+        return ""
+    if char.isdecimal():  # full-width, Arabic, Indian digits
+        return str(unicodedata.decimal(char))
+    if greek := re.fullmatch(r"GREEK (\w+) LETTER (\w+)", unicodedata.name(char, "")):
+        return "\\" + (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()) + " "
+    plain = unicodedata.normalize("NFKC", char)
+    if plain != char:
+        plain = "".join(map(_character, plain))
+    kind = unicodedata.decomposition(char).split(" ")[0]
+    if kind == "<super>":
+        return f"^{{{plain}}}"
+    if kind == "<sub>":
+        return f"_{{{plain}}}"
+    if kind == "<fraction>":
+        above, below = plain.split("/")
+        return rf"\frac{{{above}}}{{{below}}}"
+    return plain
+
+
+def _one_group(match: re.Match) -> str:
+    """Return x^{1}^{2}, from x¹², as x^{12}."""
+    return f"{match[1]}{{{re.sub('[_^{}]', '', match[0])}}}"
+
+
+def _repeating(match: re.Match) -> str:
+    r"""Return a repeating decimal as a fraction: 0.1\overline{6} is (16 - 1) / 90."""
+    whole, start, period = match[1] or "0", match[2], match[3]
+    numerator = int(whole + start + period) - int(whole + start)
+    return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(start)}}}"
+
+
+def _factor(match: re.Match) -> str:
+    r"""Return 5 million as 5 \times 10^{6}; the text that "million" began goes on after it."""
+    return rf" \times {_FACTORS[match[2].lower()]}{match[1] or ''}"
+
+
+def _command(names: str) -> str:
+    """Return a pattern of LaTeX commands."""
+    return rf"\\(?:{names.replace(' ', '|')})(?![A-Za-z])"
+
+
+_REWRITES = [
+    # A row ends with "\n" from here on: the patterns below would find commands in "\\," and "\\[".
+    (r"\s+", " "),
+    (r"\\\\(?=[A-Za-z])(?!.*\\begin)", r"\\"),  # a command, escaped twice
+    (r"\\\\", "\n"),
+    # thousands: 1{,}000 and 1\,000 and 1,\!000
+    (r"(?<=\d)(?:\{,\}|,?\\[,!] ?|,\\ )(?=\d{3}(?!\d))", ""),
+    # what only draws: delimiters, blanks, color, size, weight, boxes, marks, Markdown
+    (r"(?<!\\)(\$\$?)((?:\\.|[^$\\])*)\1", r"\2"),
+    (r"\\[()\[\]]", ""),
+    (_command("left right big Big bigl bigr Bigl Bigr bigg Bigg") + r" ?\.?", ""),
+    (r"\\[,;:! ]|~|" + _command("quad qquad enspace"), " "),
+    (r"\\(?:text)?color ?\{[^{}]*\}", ""),
+    (_command("tiny small normalsize large Large LARGE huge Huge displaystyle textstyle"), ""),
+    (_command("boxed fbox bm boldsymbol mathbf mathit mathsf mathtt underline"), ""),
+    (_command("checkmark blacksquare square Box therefore"), ""),
+    (r"^ ?(\*+)(.*)\1 ?$", r"\2"),
+    # one spelling of each thing
+    (_command("dfrac tfrac cfrac"), r"\\frac"),
+    (_command("textbf textit textrm textsf texttt textnormal emph mbox hbox mathrm"), r"\\text"),
+    (r"\{ ?" + _command("rm bf it") + r"([^{}]*)\}", r"\\text{\1}"),
+    (_command("rm bf it"), ""),
+    (r"\{([,:=])\}", r"\1"),
+    (_command("langle"), "("),
+    (_command("rangle"), ")"),
+    (_command("varnothing") + r"|\\\{ ?\\\}", r"\\emptyset"),
+    (r"\^ ?(?:\\circ|o)(?![A-Za-z])|\^ ?\{ ?(?:\\circ|o) ?\}", r"^\\circ "),
+    (_command("degree"), r"^\\circ "),
+    (r"\*\*", "^"),
+    (r"\^ ?(-\d+)", r"^{\1}"),
+    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),
+    (r"\\sqrt ?(\[3\])? ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt\1{\2\3}"),
+    # numbers: 1.5e-3, 1.5 x 10^3, 1 3/4, 0.1\overline{6}, 0.1666...
+    (r"(?<![\w.}])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w_])", r"\1 \\times 10^{\2}"),
+    (r"(?<=\d) ?x ?(?=10 ?\^)", r" \\times "),
+    (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?", _repeating),
+    (r"(?<![\d.])(\d*)\.(\d*?)(\d+?)\3{2,}(?:\.\.\.|\\[cl]?dots(?![A-Za-z]))", _repeating),
+    # factors that are written like units
+    (r"(?i)(?<![a-z])per ?cent(?:age)?(?![a-z])|\\?%", "percent"),
+    (rf"(?i)(?<=[\d)}}!]) ?(\\text ?\{{)? ?({'|'.join(_FACTORS)})s?(?![a-z])", _factor),
+    # \text{Answer: } 8
+    (r"(?i)^ ?(\\text ?\{)? ?(?:(?:[a-z]{3,} )*[a-z]{3,}:|(?:the |final )*answer is:?)", r"\1"),
+    (r"\\text ?\{ ?\}", ""),
+]
+_REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
+
+
+def plain(text: str) -> str:
+    r"""Return `text` in plain LaTeX: ASCII, no drawing commands, one spelling of each thing."""
+    text = "".join(map(_character, text))
+    text = re.sub(r"([_^])\{[^{}]*\}(?:\1\{[^{}]*\})+", _one_group, text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    before = None
+    while text != before:
+        before = text
+        text = text.strip(" \n`").lstrip("=:").rstrip(".,;:?")
+        # braces or \text{..} around everything
+        brackets = _brackets(text.removeprefix(r"\text").strip())
+        if brackets and brackets[0] == "{":
+            text = brackets[1]
+    return _WORDS.get(text.lower(), text)
+
+
+# --- Structure: equations, units, collections ---
+
+_BRACKET = r"(?P<open>\\\{|[(\[{])|(?P<close>\\\}|[)\]}])|\\[A-Za-z]+"
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split `text` at the separators that are outside of all brackets."""
+    parts, start, depth = [], 0, 0
+    for token in re.finditer(f"(?P<separator>{separator})|{_BRACKET}", text):
+        depth += bool(token["open"]) - bool(token["close"])
+        if token["separator"] and depth == 0:
+            parts.append(text[start : token.start()].strip())
+            start = token.end()
+    return [*parts, text[start:].strip()]
+
+
+def _brackets(text: str) -> tuple[str, str, str] | None:
+    """Return (opening, content, closing) if one pair of brackets encloses all of `text`."""
+    if not (first := re.match(r"\\\{|[(\[{]", text)):
+        return None
+    depth = 0
+    for token in re.finditer(_BRACKET, text):
+        depth += bool(token["open"]) - bool(token["close"])
+        if depth == 0:
+            break
+    if depth != 0 or token.end() != len(text):
+        return None
+    return first[0], text[first.end() : token.start()].strip(), token[0]
+
+
+_GREEK = "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma "
+_GREEK += "tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell"
+_ACCENTED = r"\\(?:hat|bar|vec|tilde|mathcal|overline) ?\{? ?\w+\}?"
+_INDEX = r"(?: ?'| ?_ ?(?:\w|\{[^{}]*\})| ?\^ ?\{? ?(?:\*|-1|\\prime)\}?)*"
+_LETTER = rf"(?:[A-Za-z]|{_command(_GREEK)}|{_ACCENTED}){_INDEX}"
+_ARGUMENT = r"-?[\w\\{}. ]+"
+_FUNCTION = _command("max min sup inf lim deg dim det gcd lcm rank")
+_NAMES = [
+    rf"{_LETTER}(?: ?\({_ARGUMENT}(?:,{_ARGUMENT})*\))?",  # x, a_n, f'(2), P(A), f(x, y)
+    rf"\({_LETTER}(?: ?, ?{_LETTER})+ ?\)",  # (x, y)
+    r"(?:m ?)?(?:\\(?:angle|triangle) )?\|?[A-Z]{1,4}\|?",  # AB, \angle ABC
+    r"(?:[EP]|\\Pr|\\mathbb\{[EP]\}) ?(?:\([^()]*\)|\[[^\[\]]*\])",  # P(X > 2), E[X]
+    rf"(?:{_FUNCTION}|\\(?:text|operatorname) ?\{{[^{{}}]*\}})[^=+-]*",  # \max f, \text{total}
+    r"\\frac ?\{d ?\w*\} ?\{d ?\w\}",  # dy/dx
+    r"[A-Za-z][a-z]{3,}(?: [a-z]+)*",  # Area of the circle
+]
+_NAME = re.compile("|".join(_NAMES))
+_EQUALS = r"(?<![<>!])=|\\in(?![A-Za-z])"
+_LIST = r"[,;]|\\text ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+
+
+def _equation(text: str) -> tuple[list[str], list[str]]:
+    r"""Take the chain x = 3 + 5 = 8 \approx 8.0 apart: names [x], values [3 + 5, 8].
+
+    Anything that is not a chain is one value. A rounded value counts if there is no other.
+    """
+    equations = [part for part in _split(text, _LIST) if len(_split(part, _EQUALS)) > 1]
+    if len(equations) > 1:  # x = 1, y = 2
+        return [], [text]
+    exact, *rounded = _split(text, _command("approx"))
+    parts = [part for part in _split(exact, _EQUALS) if part]
+    if len(parts) <= 1 and not rounded:
+        return [], parts or [text]
+    names = [part for part in parts if _NAME.fullmatch(part)]
+    values = [part for part in parts if part not in names]
+    return names, values or rounded
+
+
+_SHORT_UNITS = "mm|cm|km|mg|kg|ml|mL|ft|yd|mi|in|lbs?|oz|hrs?|mins?|secs?|deg|rad|mph|st|nd|rd|th"
+_SHORT_UNITS += r"|[aApP]\.?[mM]\.?|m(?=/s)|(?<=/)[hs]"
+_UNIT = (
+    rf"(?:\\text ?\{{[^{{}}]*\}}|\^\\circ ?[CF]?|{_SHORT_UNITS}|(?<= )[A-Za-z]{{4,}})(?![A-Za-z])"
+)
+_UNIT += r"(?: ?\^ ?\{? ?-?\d ?\}?)?(?: ?(?:/|\\cdot) ?| )?"
+_WITH_UNIT = re.compile(rf"(?P<value>.*?(?:[\d)}}!]|\\pi)) ?(?P<unit>(?:{_UNIT})+)")
+_MONEY = re.compile(r"(?P<sign>[-+]?) ?(?:\\?\$|\\text ?\{ ?\\?\$ ?\}) ?(?P<value>[^$]+)")
+_NUMERIC_COMMANDS = re.compile(_command("frac sqrt pi times cdot div binom"))
+_NOT_UNITS = "or and not no than less more least most about is tenths hundredths halves thirds mod"
+
+
+def _unit(text: str) -> tuple[str, str]:
+    r"""Return value and unit: 15 and `cm^2` for 15 \text{ cm}^2. The unit may be empty."""
+    if money := _MONEY.fullmatch(text):
+        value, unit = _unit(money["value"])
+        return money["sign"] + value, unit or "dollars"
+    match = _WITH_UNIT.fullmatch(text)
+    if not match or re.search("[A-Za-z$]", _NUMERIC_COMMANDS.sub("", match["value"])):
+        return text, ""  # 2t is no 2 with a unit
+    unit = re.sub(r"\\text ?|[{}.]", "", match["unit"]).replace(r"\cdot", " ")
+    unit = re.sub(r"\^\\circ|\bdeg(rees?)?\b", " degrees ", unit)
+    unit = " ".join(unit.split())
+    known = re.fullmatch("[A-Za-z0-9 /^-]+", unit)
+    if not known or set(_NOT_UNITS.split()) & set(unit.lower().split()):
+        return text, ""
+    return match["value"], unit
+
+
+@functools.cache
+def _registry() -> pint.UnitRegistry:
+    registry = pint.UnitRegistry()
+    registry.define("dollar = [money] = USD")
+    registry.define("cent = 0.01 dollar")
+    return registry
+
+
+@functools.lru_cache(4096)
+def _conversion(unit: str, target: str) -> str | None:
+    """Return how many `target` one `unit` is, None if it is something else."""
+    if unit.lower().rstrip("s") == target.lower().rstrip("s"):
+        return "1"
+    try:
+        ratio = _registry().Quantity(1, unit).to(target).magnitude
+    except Exception:  # pint raises many types: unknown, other dimension, with an offset
+        return None
+    if {unit, target} & {"degrees"}:
+        return r"\frac{\pi}{180}" if unit == "degrees" else r"\frac{180}{\pi}"
+    # 1/60 has no short decimals, but 60 has.
+    fraction = Fraction(max(ratio, 1 / ratio)).limit_denominator(10**6)
+    above, below = fraction.as_integer_ratio() if ratio > 1 else (1 / fraction).as_integer_ratio()
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+_GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(?=([, ]))(?:\1\d{3})+(?:\.\d+)?(?: ?\\times [^,]*)?")
+_COLUMN = re.compile(r"\\begin ?\{([pbvB]?matrix)\}([^&]*)\\end ?\{\1\}")
+
+
+def _collection(text: str) -> tuple[str, list[str]]:
+    r"""Return brackets and parts: ("()", [1, 2]) for (1, 2), (",", [1, 2]) for a list without.
+
+    Anything else is one part without brackets, and so is the lone number 1,000.
+    """
+    if match := _GROUPED.fullmatch(text):
+        return "", [re.sub(rf"{match[1]}(?=\d{{3}})", "", text)]
+    if column := _COLUMN.fullmatch(text):
+        return "()", [part.strip() for part in column[2].strip(" \n").split("\n")]
+    if brackets := _brackets(text):
+        opening, content, closing = brackets
+        return opening + closing, _both_signs(_split(content, "[,;]"))
+    parts = _both_signs([part for part in _split(text, _LIST) if part])
+    return "," if len(parts) > 1 else "", parts
+
+
+def _both_signs(parts: list[str]) -> list[str]:
+    r"""Write 1 \pm x as 1 + x and 1 - x."""
+    signs = [("+", "-") if r"\pm" in part else ("",) for part in parts]
+    return [part.replace(r"\pm", sign) for part, both in zip(parts, signs) for sign in both]
+
+
+# --- Comparison ---
+
+
+def same_answer(gold: str, answer: str) -> bool:
+    """Return whether `answer` says the same as `gold`. Both are LaTeX without the box."""
+    return _same(plain(gold), plain(answer))
+
+
+def is_comparable(gold: str) -> bool:
+    """Return whether `gold` is not empty. Hangs, like a comparison, if sympy cannot handle it."""
+    text = plain(gold)
+    return text not in ("", r"\$") and (_value(text) is None or _verify(text, text))
+
+
+def _same(gold: str, answer: str) -> bool:
+    if not gold or not answer:
+        return False
+    if _spelling(gold) == _spelling(answer) or _chooses(gold, answer):
+        return True
+    names, values = _equation(gold)
+    other_names, others = _equation(answer)
+    is_equation = len(names + values) > 1
+    other_is_equation = len(other_names + others) > 1
+    if not is_equation and not other_is_equation:
+        return _same_quantity(*(names or values), *(other_names or others))
+    if not is_equation:  # 12 and x = 12
+        return bool(others) and all(_same(gold, value) for value in others)
+    if not other_is_equation:  # f(x) = 3x and 3x
+        return bool(names and values) and _same(values[-1], answer)
+    same_names = set(map(_spelling, names)) & set(map(_spelling, other_names))
+    if same_names and values and others:
+        return all(_same(values[-1], value) for value in others)
+    return _same_value(gold, answer)  # y = 2x + 1 and 2x - y + 1 = 0
+
+
+def _same_quantity(gold: str, answer: str) -> bool:
+    value, unit = _unit(gold)
+    other, other_unit = _unit(answer)
+    if not unit and not other_unit:
+        return _same_collection(gold, answer)
+    if unit and other_unit:
+        factor = _conversion(other_unit, unit)
+        if factor in (None, "1"):
+            return factor is not None and _same(value, other)
+        return _same_value(value, rf"({other}) \cdot {factor}")
+    if _same(value, other):
+        return True
+    if "degrees" not in (unit, other_unit):
+        return False
+    # A number without a unit may be an angle in radians.
+    in_radians = r"(%s) \cdot \frac{\pi}{180}"
+    return _same_value(in_radians % value if unit else value, other if unit else in_radians % other)
+
+
+def _same_collection(gold: str, answer: str) -> bool:
+    brackets, parts = _collection(gold)
+    other_brackets, others = _collection(answer)
+    if len(parts) == len(others) == 1:
+        if parts + others == [gold, answer]:
+            return _same_value(gold, answer)
+        return _same(parts[0], others[0])
+    if len(parts) == 1 and other_brackets == ",":  # 3/4 or 0.75
+        return all(_same(parts[0], other) for other in others)
+    if len(parts) == 1 or len(others) == 1:  # x < 3 and (-oo, 3)
+        return _same_value(gold, answer)
+    if len(parts) != len(others):
+        return False
+    unordered = [kind in (",", r"\{\}") for kind in (brackets, other_brackets)]
+    if "," not in (brackets, other_brackets):
+        if unordered[0] != unordered[1]:
+            return False
+        if len(parts) == 2 and brackets != other_brackets:  # intervals: [1, 2] and (1, 2)
+            return False
+    if not all(unordered) or _named(parts) != _named(others):
+        return all(map(_same, parts, others))
+    rest = list(others)
+    for part in parts:
+        match = next((other for other in rest if _same(part, other)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return True
+
+
+def _named(parts: list[str]) -> bool:
+    """Return whether the parts have different names, as in x = 1, y = 2."""
+    return len({name for part in parts for name in _equation(part)[0] if "=" in part}) > 1
+
+
+def _spelling(text: str) -> str:
+    """Remove blanks, except between digits."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
+def _chooses(gold: str, answer: str) -> bool:
+    """Return whether `answer` is the label `gold` of a multiple choice: B, Option B, (B) 12."""
+    label = re.fullmatch(r"\(?([A-J])\)?", gold)
+    answer = re.sub(r"\\text|[{}]", "", answer).strip()
+    chosen = re.fullmatch(r"(?i:option |choice )?\(?([A-J])(?:\)|[.:](?!\d)|$)(.*)", answer)
+    if not label or not chosen or label[1] != chosen[1]:
+        return False
+    return not re.search(r"\b(?:[A-J]|or|and)\b", chosen[2])  # (A) or (B)
+
+
+def _words(text: str) -> str:
+    """Return words in lower case and without a plural s; nothing for anything else."""
+    words = re.sub(r"\\text ?|[{}]", "", text).lower().split()
+    if not all(re.fullmatch("[a-z'-]+", word) for word in words) or len(text) < 2:
+        return ""
+    return " ".join(word.rstrip("s") for word in words)
+
+
+def _number(text: str) -> Fraction | None:
+    """Return a plain number, a fraction of integers or an integer in another base: 101_2."""
+    text = _spelling(text)
+    if re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)", text):
+        return Fraction(text)
+    try:
+        if match := re.fullmatch(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", text):
+            return Fraction(
+                int(match[1] + "1") * int(match[2] or match[3]), int(match[4] or match[5])
+            )
+        if re.fullmatch(r"-?\d+/\d+", text):
+            return Fraction(text)
+        if match := re.fullmatch(r"\(?([\dA-Fa-f]*\d[\dA-Fa-f]*)\)?_\{?(\d+)\}?", text):
+            return Fraction(int(match[1], int(match[2])))
+    except (ValueError, ZeroDivisionError):  # 19_8, 1/0
+        pass
+    return None
+
+
+@functools.lru_cache(8192)
+def _value(text: str):
+    """Return what math-verify's parser makes of `text`; None if it cannot read it."""
+    # The parser ignores the subscript of a number, and adds 1 2 as it adds 1 \frac{2}{3}.
+    if re.search(r"\d ?_|(?<![_\d])\d+ \d", text):
+        return None
+    text = re.sub(r"(?<=[\d)])(?<![_^]\d) ?\(", r" \\cdot (", text).replace("\n", r"\\")
+    rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    real = not should_treat_as_complex(text)
+    try:
+        value = latex2sympy(text, is_real=real, convert_degrees=True, normalization_config=rules)
+        if isinstance(value, Expr):
+            value = value.subs({symbol: I for symbol in value.free_symbols if symbol.name == "i"})
+    except Exception:  # the parser raises many types
+        return None
+    return value
+
+
+def _same_value(gold: str, answer: str) -> bool:
+    if _words(gold) and _words(gold) == _words(answer):
+        return True
+    numbers = _number(gold), _number(answer)
+    # Decimals may be rounded. math-verify knows how far.
+    if None not in numbers and (numbers[0] == numbers[1] or "." not in gold + answer):
+        return numbers[0] == numbers[1]
+    if _value(gold) is None or _value(answer) is None:
+        return False
+    return not _differ(_value(gold), _value(answer)) and _verify(gold, answer)
+
+
+def _differ(value, other) -> bool:
+    """Return whether two expressions differ at one point. `simplify` takes far longer to say so."""
+    if not isinstance(value, Expr) or not isinstance(other, Expr):
+        return False
+    symbols = sorted(value.free_symbols | other.free_symbols, key=str)
+    point = {symbol: 1.37 + 0.23 * index for index, symbol in enumerate(symbols)}
+    try:
+        one, two = (complex(side.subs(point).evalf()) for side in (value, other))
+    except Exception:  # not a number, such as a derivative
+        return False
+    return math.isfinite(abs(one)) and abs(one - two) > 1e-5 * max(1.0, abs(one))
+
+
+def _verify(gold: str, answer: str) -> bool:
+    zeros = _zeros(gold)
+    return verify(
+        _value(gold),
+        _value(answer),
+        float_rounding=6 + zeros,
+        numeric_precision=15 + zeros,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
+    )
+
+
+@functools.lru_cache(4096)
+def _zeros(text: str) -> int:
+    """Return how many zeros follow the decimal point of the smallest number in `text`.
+
+    math-verify rounds to 15 decimals (6 for floats), so 1/2^99 would equal 1/2^98.
+    """
+    value = _value(text)
+    parts = [value, *getattr(value, "args", ())]
+    numbers = [part.evalf() for part in parts if getattr(part, "is_number", False)]
+    sizes = [abs(float(number)) for number in numbers if number.is_Float]
+    return max([int(-math.log10(size)) for size in sizes if 0 < size < 1], default=0)
