@@ -120,7 +120,7 @@ _REWRITES = [
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),
     (r"\\sqrt ?(\[3\])? ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt\1{\2\3}"),
     # numbers: 1.5e-3, 1.5 x 10^3, 1 3/4, 0.1\overline{6}, 0.1666...
-    (r"(?<![\w.}])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w_])", r"\1 \\times 10^{\2}"),
+    (r"(?<![\w.}])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w_])", r"\1 \\times 10^{\2}"),
     (r"(?<=\d) ?x ?(?=10 ?\^)", r" \\times "),
     (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?", _repeating),
@@ -216,8 +216,8 @@ def _equation(text: str) -> tuple[list[str], list[str]]:
     if len(parts) <= 1 and not rounded:
         return [], parts or [text]
     names = [part for part in parts if _NAME.fullmatch(part)]
-    values = [part for part in parts if part not in names]
-    return names, values or rounded
+    values = [part for part in parts if part not in names] or rounded
+    return (names, values) if values else (names[:-1], names[-1:])  # x = \text{even}
 
 
 _SHORT_UNITS = "mm|cm|km|mg|kg|ml|mL|ft|yd|mi|in|lbs?|oz|hrs?|mins?|secs?|deg|rad|mph|st|nd|rd|th"
@@ -418,6 +418,8 @@ def _number(text: str) -> Fraction | None:
     if re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)", text):
         return Fraction(text)
     try:
+        if match := re.fullmatch(r"(-?\d+\.?\d*)\\(?:times|cdot) ?10\^\{?(-?\d{1,3})\}?", text):
+            return Fraction(f"{match[1]}e{match[2]}")
         if match := re.fullmatch(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", text):
             return Fraction(
                 int(match[1] + "1") * int(match[2] or match[3]), int(match[4] or match[5])

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from support import grader as grading
+from support import problems
+from tools import grading as made
 
-from conftest import ROOT
+from conftest import PAPER_DATA, ROOT, needs_paper_data
 
 LINES = (ROOT / "tests" / "grading.tsv").read_text().splitlines()
 CASES = [line.split("\t") for line in LINES if not line.startswith("#")]
@@ -31,6 +33,14 @@ def test_verdicts():
         assert grader.check_golds([r"\frac12", r"\boxed{", "3", "", r"\$"]) == [1, 3, 4]
     expected = [float(verdict == "right") for verdict in verdicts]
     assert [case for case, one, other in zip(CASES, found, expected) if one != other] == []
+
+
+@needs_paper_data
+def test_answers_made_by_rule():
+    rows = problems.read_dataset(str(PAPER_DATA / "math500.parquet"))
+    pairs = made.make_pairs([row["reward_model"]["ground_truth"] for row in rows], count=60)
+    errors = made.count_errors(pairs, made.ours)
+    assert {kind: count for kind, count in errors.items() if count} == {}
 
 
 def test_boxes_are_found_in_linear_time():
