@@ -15,7 +15,8 @@ import pint
 from latex2sympy2_extended import NormalizationConfig, latex2sympy
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
-from sympy import Expr, I
+from sympy import Derivative, Expr, I, Limit
+from sympy.concrete.expr_with_limits import ExprWithLimits
 
 # --- Plain LaTeX: what an answer says, not how it is drawn ---
 
@@ -188,18 +189,20 @@ _ACCENTED = r"\\(?:hat|bar|vec|tilde|mathcal|overline) ?\{? ?\w+\}?"
 _INDEX = r"(?: ?'| ?_ ?(?:\w|\{[^{}]*\})| ?\^ ?\{? ?(?:\*|-1|\\prime)\}?)*"
 _LETTER = rf"(?:[A-Za-z]|{_command(_GREEK)}|{_ACCENTED}){_INDEX}"
 _ARGUMENT = r"-?[\w\\{}. ]+"
-_FUNCTION = _command("max min sup inf lim deg dim det gcd lcm rank")
+_OPERATOR = _command("max min sup inf lim deg dim det gcd lcm rank int sum prod")
+_OPERAND = r"(?:[^=+(){}-]|\([^()]*\)|\{[^{}]*\})*"
 _NAMES = [
     rf"{_LETTER}(?: ?\({_ARGUMENT}(?:,{_ARGUMENT})*\))?",  # x, a_n, f'(2), P(A), f(x, y)
     rf"\({_LETTER}(?: ?, ?{_LETTER})+ ?\)",  # (x, y)
     r"(?:m ?)?(?:\\(?:angle|triangle) )?\|?[A-Z]{1,4}\|?",  # AB, \angle ABC
     r"(?:[EP]|\\Pr|\\mathbb\{[EP]\}) ?(?:\([^()]*\)|\[[^\[\]]*\])",  # P(X > 2), E[X]
-    rf"(?:{_FUNCTION}|\\(?:text|operatorname) ?\{{[^{{}}]*\}})[^=+-]*",  # \max f, \text{total}
+    rf"(?:{_OPERATOR}|\\(?:text|operatorname)){_OPERAND}",  # \max f, \text{total}, \int f(x) dx
     r"\\frac ?\{d ?\w*\} ?\{d ?\w\}",  # dy/dx
     r"[A-Za-z][a-z]{3,}(?: [a-z]+)*",  # Area of the circle
 ]
 _NAME = re.compile("|".join(_NAMES))
 _EQUALS = r"(?<![<>!])=|\\in(?![A-Za-z])"
+_INEQUALITY = r"[<>]=?|\\(?:[lg]eq?(?:slant)?|[lg]t|neq?)(?![A-Za-z])"
 _LIST = r"[,;]|\\text ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 
 
@@ -329,9 +332,10 @@ def _same(gold: str, answer: str) -> bool:
         return bool(others) and all(_same(gold, value) for value in others)
     if not other_is_equation:  # f(x) = 3x and 3x
         return bool(names and values) and _same(values[-1], answer)
-    same_names = set(map(_spelling, names)) & set(map(_spelling, other_names))
-    if same_names and values and others:
+    if set(map(_spelling, names)) & set(map(_spelling, other_names)):
         return all(_same(values[-1], value) for value in others)
+    if names and _is_constant(values[-1]):  # x = 5 and 2x = 10, which may be the question
+        return False
     return _same_value(gold, answer)  # y = 2x + 1 and 2x - y + 1 = 0
 
 
@@ -363,7 +367,7 @@ def _same_collection(gold: str, answer: str) -> bool:
         return _same(parts[0], others[0])
     if len(parts) == 1 and other_brackets == ",":  # 3/4 or 0.75
         return all(_same(parts[0], other) for other in others)
-    if len(parts) == 1 or len(others) == 1:  # x < 3 and (-oo, 3)
+    if len(parts) == 1 or len(others) == 1:  # (-oo, 3) and x < 3
         return _same_value(gold, answer)
     if len(parts) != len(others):
         return False
@@ -460,12 +464,38 @@ def _same_value(gold: str, answer: str) -> bool:
         return numbers[0] == numbers[1]
     if _value(gold) is None or _value(answer) is None:
         return False
+    # SymPy solves 2x < 6 and integrates, but these may be the question.
+    if _is_solved(answer) is False and _is_solved(gold) is not False:
+        return False
+    if _is_open(_value(answer)) and not _is_open(_value(gold)):
+        return False
     return not _differ(_value(gold), _value(answer)) and _verify(gold, answer)
+
+
+def _is_constant(text: str) -> bool:
+    """Return whether `text` is a number, or an expression without letters."""
+    return not getattr(_value(text), "free_symbols", True)
+
+
+def _is_open(value) -> bool:
+    """Return whether an expression has sums, products, integrals, limits or derivatives."""
+    return isinstance(value, Expr) and value.has(ExprWithLimits, Limit, Derivative)
+
+
+def _is_solved(text: str) -> bool | None:
+    """Return whether an inequality compares a name with numbers; None if `text` is none."""
+    parts = _split(text, _INEQUALITY)
+    if len(parts) == 1:
+        return None
+    names = [part for part in parts if _NAME.fullmatch(part)]
+    return len(names) == 1 and all(map(_is_constant, set(parts) - set(names)))
 
 
 def _differ(value, other) -> bool:
     """Return whether two expressions differ at one point. `simplify` takes far longer to say so."""
     if not isinstance(value, Expr) or not isinstance(other, Expr):
+        return False
+    if _is_open(value) or _is_open(other):  # a sum of 1.37 terms
         return False
     symbols = sorted(value.free_symbols | other.free_symbols, key=str)
     point = {symbol: 1.37 + 0.23 * index for index, symbol in enumerate(symbols)}

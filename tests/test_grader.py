@@ -17,7 +17,7 @@ from conftest import PAPER_DATA, ROOT, needs_paper_data
 
 LINES = (ROOT / "tests" / "grading.tsv").read_text().splitlines()
 CASES = [line.split("\t") for line in LINES if not line.startswith("#")]
-HOSTILE = [r"9^{9^{9^9}}", "100000!!", r"\sum_{n=1}^{\infty}\frac{\sin(n^2)}{n^{1.5}}", "{" * 10**6 + "}" * 10**6]
+HOSTILE = [r"9^{9^{9^9}}", "100000!!", r"\gcd(9^{9^9}, 6)", "{" * 10**6 + "}" * 10**6]
 HALF = [r"\boxed{0.5}"], [r"\frac24"]  # correct, but not spelled alike
 
 
