@@ -493,8 +493,10 @@ def _is_solved(text: str) -> bool | None:
 
 def _differ(value, other) -> bool:
     """Return whether two expressions differ at one point. `simplify` takes far longer to say so."""
-    if not isinstance(value, Expr) or not isinstance(other, Expr):
+    if not isinstance(value, Expr) and not isinstance(other, Expr):
         return False
+    if not isinstance(value, Expr) or not isinstance(other, Expr):  # a number and a set
+        return True
     if _is_open(value) or _is_open(other):  # a sum of 1.37 terms
         return False
     symbols = sorted(value.free_symbols | other.free_symbols, key=str)
