@@ -1,8 +1,8 @@
-r"""Decide whether an answer says the same as the gold answer. `docs/grading.md` gives the reasons.
+r"""Decide whether an answer is equivalent to the gold answer. `docs/grading.md` has the reasons.
 
-`same_answer` rewrites both in plain LaTeX and takes equations, units and collections apart. What is
-left are single values, which math-verify compares. All of it runs in the worker processes of
-`grader.py`, because sympy may hang, run out of memory or abort.
+`same_answer` rewrites both in plain LaTeX and splits equations, units and collections into single
+values. math-verify compares these. All of this runs in the worker processes of `grader.py`, because
+SymPy may hang, run out of memory or abort.
 """
 
 import functools
@@ -18,7 +18,7 @@ from math_verify.grader import should_treat_as_complex
 from sympy import Derivative, Expr, I, Limit
 from sympy.concrete.expr_with_limits import ExprWithLimits
 
-# --- Plain LaTeX: what an answer says, not how it is drawn ---
+# --- Plain LaTeX: what an answer means, not how it is drawn ---
 
 
 def _table(text: str) -> dict[str, str]:
@@ -48,8 +48,6 @@ def _character(char: str) -> str:
         return _SYMBOLS[char] + " "
     if unicodedata.category(char) == "Cf":  # zero-width blanks and joiners
         return ""
-    if char.isdecimal():  # full-width, Arabic, Indian digits
-        return str(unicodedata.decimal(char))
     if greek := re.fullmatch(r"GREEK (\w+) LETTER (\w+)", unicodedata.name(char, "")):
         return "\\" + (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()) + " "
     plain = unicodedata.normalize("NFKC", char)
@@ -79,7 +77,7 @@ def _repeating(match: re.Match) -> str:
 
 
 def _factor(match: re.Match) -> str:
-    r"""Return 5 million as 5 \times 10^{6}; the text that "million" began goes on after it."""
+    r"""Return ` million` as `\times 10^{6}`, and reopen the \text{..} that it started."""
     return rf" \times {_FACTORS[match[2].lower()]}{match[1] or ''}"
 
 
@@ -89,13 +87,12 @@ def _command(names: str) -> str:
 
 
 _REWRITES = [
-    # A row ends with "\n" from here on: the patterns below would find commands in "\\," and "\\[".
+    # "\n" stands for the row separator, in which the patterns below would find "\," or "\[".
     (r"\s+", " "),
-    (r"\\\\(?=[A-Za-z])(?!.*\\begin)", r"\\"),  # a command, escaped twice
     (r"\\\\", "\n"),
     # thousands: 1{,}000 and 1\,000 and 1,\!000
     (r"(?<=\d)(?:\{,\}|,?\\[,!] ?|,\\ )(?=\d{3}(?!\d))", ""),
-    # what only draws: delimiters, blanks, color, size, weight, boxes, marks, Markdown
+    # no meaning: delimiters, blanks, color, size, weight, boxes, check marks, Markdown
     (r"(?<!\\)(\$\$?)((?:\\.|[^$\\])*)\1", r"\2"),
     (r"\\[()\[\]]", ""),
     (_command("left right big Big bigl bigr Bigl Bigr bigg Bigg") + r" ?\.?", ""),
@@ -126,7 +123,7 @@ _REWRITES = [
     (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?", _repeating),
     (r"(?<![\d.])(\d*)\.(\d*?)(\d+?)\3{2,}(?:\.\.\.|\\[cl]?dots(?![A-Za-z]))", _repeating),
-    # factors that are written like units
+    # factors written like units
     (r"(?i)(?<![a-z])per ?cent(?:age)?(?![a-z])|\\?%", "percent"),
     (rf"(?i)(?<=[\d)}}!]) ?(\\text ?\{{)? ?({'|'.join(_FACTORS)})s?(?![a-z])", _factor),
     # \text{Answer: } 8
@@ -139,6 +136,8 @@ _REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES
 def plain(text: str) -> str:
     r"""Return `text` in plain LaTeX: ASCII, no drawing commands, one spelling of each thing."""
     text = "".join(map(_character, text))
+    if r"\begin" not in text:  # no rows: this is a command that was escaped twice
+        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     text = re.sub(r"([_^])\{[^{}]*\}(?:\1\{[^{}]*\})+", _one_group, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -159,7 +158,7 @@ _BRACKET = r"(?P<open>\\\{|[(\[{])|(?P<close>\\\}|[)\]}])|\\[A-Za-z]+"
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split `text` at the separators that are outside of all brackets."""
+    """Split `text` at the separators outside brackets."""
     parts, start, depth = [], 0, 0
     for token in re.finditer(f"(?P<separator>{separator})|{_BRACKET}", text):
         depth += bool(token["open"]) - bool(token["close"])
@@ -186,7 +185,7 @@ def _brackets(text: str) -> tuple[str, str, str] | None:
 _GREEK = "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma "
 _GREEK += "tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell"
 _ACCENTED = r"\\(?:hat|bar|vec|tilde|mathcal|overline) ?\{? ?\w+\}?"
-_INDEX = r"(?: ?'| ?_ ?(?:\w|\{[^{}]*\})| ?\^ ?\{? ?(?:\*|-1|\\prime)\}?)*"
+_INDEX = r"(?: ?'| ?_ ?(?:\w|\{[^{}]*\})| ?\^ ?\{? ?(?:\*|\\prime|-1(?=\}? ?\())\}?)*"
 _LETTER = rf"(?:[A-Za-z]|{_command(_GREEK)}|{_ACCENTED}){_INDEX}"
 _ARGUMENT = r"-?[\w\\{}. ]+"
 _OPERATOR = _command("max min sup inf lim deg dim det gcd lcm rank int sum prod")
@@ -196,31 +195,33 @@ _NAMES = [
     rf"\({_LETTER}(?: ?, ?{_LETTER})+ ?\)",  # (x, y)
     r"(?:m ?)?(?:\\(?:angle|triangle) )?\|?[A-Z]{1,4}\|?",  # AB, \angle ABC
     r"(?:[EP]|\\Pr|\\mathbb\{[EP]\}) ?(?:\([^()]*\)|\[[^\[\]]*\])",  # P(X > 2), E[X]
-    rf"(?:{_OPERATOR}|\\(?:text|operatorname)){_OPERAND}",  # \max f, \text{total}, \int f(x) dx
+    rf"{_OPERATOR}{_OPERAND}|\\operatorname ?{_OPERAND}",  # \max f, \int f(x) dx
     r"\\frac ?\{d ?\w*\} ?\{d ?\w\}",  # dy/dx
     r"[A-Za-z][a-z]{3,}(?: [a-z]+)*",  # Area of the circle
 ]
-_NAME = re.compile("|".join(_NAMES))
+_NAME = rf"(?:{'|'.join(_NAMES)})"
+_NAME = re.compile(rf"{_NAME}|\\text ?\{{[A-Za-z' .,-]+\}} ?{_NAME}?")  # \text{Area of } ABC
 _EQUALS = r"(?<![<>!])=|\\in(?![A-Za-z])"
 _INEQUALITY = r"[<>]=?|\\(?:[lg]eq?(?:slant)?|[lg]t|neq?)(?![A-Za-z])"
 _LIST = r"[,;]|\\text ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 
 
 def _equation(text: str) -> tuple[list[str], list[str]]:
-    r"""Take the chain x = 3 + 5 = 8 \approx 8.0 apart: names [x], values [3 + 5, 8].
+    r"""Return the names [x] and the values [3 + 5, 8] in x = 3 + 5 = 8 \approx 8.0.
 
-    Anything that is not a chain is one value. A rounded value counts if there is no other.
+    There is at least one value. Any other text is one value without a name. A value after
+    \approx counts only if there is no exact one.
     """
     equations = [part for part in _split(text, _LIST) if len(_split(part, _EQUALS)) > 1]
-    if len(equations) > 1:  # x = 1, y = 2
+    if len(equations) > 1:  # a list: x = 1, y = 2
         return [], [text]
     exact, *rounded = _split(text, _command("approx"))
     parts = [part for part in _split(exact, _EQUALS) if part]
-    if len(parts) <= 1 and not rounded:
-        return [], parts or [text]
     names = [part for part in parts if _NAME.fullmatch(part)]
     values = [part for part in parts if part not in names] or rounded
-    return (names, values) if values else (names[:-1], names[-1:])  # x = \text{even}
+    if not values:  # x = \text{even}
+        return names[:-1], names[-1:] or [text]
+    return names, values
 
 
 _SHORT_UNITS = "mm|cm|km|mg|kg|ml|mL|ft|yd|mi|in|lbs?|oz|hrs?|mins?|secs?|deg|rad|mph|st|nd|rd|th"
@@ -232,17 +233,19 @@ _UNIT += r"(?: ?\^ ?\{? ?-?\d ?\}?)?(?: ?(?:/|\\cdot) ?| )?"
 _WITH_UNIT = re.compile(rf"(?P<value>.*?(?:[\d)}}!]|\\pi)) ?(?P<unit>(?:{_UNIT})+)")
 _MONEY = re.compile(r"(?P<sign>[-+]?) ?(?:\\?\$|\\text ?\{ ?\\?\$ ?\}) ?(?P<value>[^$]+)")
 _NUMERIC_COMMANDS = re.compile(_command("frac sqrt pi times cdot div binom"))
-_NOT_UNITS = "or and not no than less more least most about is tenths hundredths halves thirds mod"
+_NOT_UNITS = (
+    "or and not no than less more least most about is mod times squared cubed halves thirds"
+)
+_NOT_UNITS += " tenths hundredths"
 
 
 def _unit(text: str) -> tuple[str, str]:
     r"""Return value and unit: 15 and `cm^2` for 15 \text{ cm}^2. The unit may be empty."""
     if money := _MONEY.fullmatch(text):
-        value, unit = _unit(money["value"])
-        return money["sign"] + value, unit or "dollars"
+        return money["sign"] + _unit(money["value"])[0], "dollars"
     match = _WITH_UNIT.fullmatch(text)
     if not match or re.search("[A-Za-z$]", _NUMERIC_COMMANDS.sub("", match["value"])):
-        return text, ""  # 2t is no 2 with a unit
+        return text, ""  # in 2t, t is not a unit
     unit = re.sub(r"\\text ?|[{}.]", "", match["unit"]).replace(r"\cdot", " ")
     unit = re.sub(r"\^\\circ|\bdeg(rees?)?\b", " degrees ", unit)
     unit = " ".join(unit.split())
@@ -262,16 +265,16 @@ def _registry() -> pint.UnitRegistry:
 
 @functools.lru_cache(4096)
 def _conversion(unit: str, target: str) -> str | None:
-    """Return how many `target` one `unit` is, None if it is something else."""
+    """Return the factor that converts `unit` to `target`; None if there is none."""
     if unit.lower().rstrip("s") == target.lower().rstrip("s"):
         return "1"
     try:
         ratio = _registry().Quantity(1, unit).to(target).magnitude
-    except Exception:  # pint raises many types: unknown, other dimension, with an offset
+    except Exception:  # an unknown unit or another dimension; Pint raises many types
         return None
     if {unit, target} & {"degrees"}:
         return r"\frac{\pi}{180}" if unit == "degrees" else r"\frac{180}{\pi}"
-    # 1/60 has no short decimals, but 60 has.
+    # 1/60 is not exact as a float, but 60 is.
     fraction = Fraction(max(ratio, 1 / ratio)).limit_denominator(10**6)
     above, below = fraction.as_integer_ratio() if ratio > 1 else (1 / fraction).as_integer_ratio()
     return rf"\frac{{{above}}}{{{below}}}"
@@ -282,9 +285,9 @@ _COLUMN = re.compile(r"\\begin ?\{([pbvB]?matrix)\}([^&]*)\\end ?\{\1\}")
 
 
 def _collection(text: str) -> tuple[str, list[str]]:
-    r"""Return brackets and parts: ("()", [1, 2]) for (1, 2), (",", [1, 2]) for a list without.
+    r"""Return brackets and parts: "()" and [1, 2] for (1, 2).
 
-    Anything else is one part without brackets, and so is the lone number 1,000.
+    The brackets are "," for a list without any, and "" for a single value such as x or 1,000.
     """
     if match := _GROUPED.fullmatch(text):
         return "", [re.sub(rf"{match[1]}(?=\d{{3}})", "", text)]
@@ -298,7 +301,7 @@ def _collection(text: str) -> tuple[str, list[str]]:
 
 
 def _both_signs(parts: list[str]) -> list[str]:
-    r"""Write 1 \pm x as 1 + x and 1 - x."""
+    r"""Replace each 1 \pm x by 1 + x and 1 - x."""
     signs = [("+", "-") if r"\pm" in part else ("",) for part in parts]
     return [part.replace(r"\pm", sign) for part, both in zip(parts, signs) for sign in both]
 
@@ -307,12 +310,12 @@ def _both_signs(parts: list[str]) -> list[str]:
 
 
 def same_answer(gold: str, answer: str) -> bool:
-    """Return whether `answer` says the same as `gold`. Both are LaTeX without the box."""
+    """Return whether `answer` is equivalent to `gold`. Both are LaTeX without the box."""
     return _same(plain(gold), plain(answer))
 
 
 def is_comparable(gold: str) -> bool:
-    """Return whether `gold` is not empty. Hangs, like a comparison, if sympy cannot handle it."""
+    """Return whether `gold` has a value. Hangs if every comparison with it would."""
     text = plain(gold)
     return text not in ("", r"\$") and (_value(text) is None or _verify(text, text))
 
@@ -327,14 +330,14 @@ def _same(gold: str, answer: str) -> bool:
     is_equation = len(names + values) > 1
     other_is_equation = len(other_names + others) > 1
     if not is_equation and not other_is_equation:
-        return _same_quantity(*(names or values), *(other_names or others))
+        return _same_quantity(values[0], others[0])
     if not is_equation:  # 12 and x = 12
-        return bool(others) and all(_same(gold, value) for value in others)
+        return all(_same(gold, value) for value in others)
     if not other_is_equation:  # f(x) = 3x and 3x
-        return bool(names and values) and _same(values[-1], answer)
+        return bool(names) and _same(values[-1], answer)
     if set(map(_spelling, names)) & set(map(_spelling, other_names)):
         return all(_same(values[-1], value) for value in others)
-    if names and _is_constant(values[-1]):  # x = 5 and 2x = 10, which may be the question
+    if names and _is_constant(values[-1]):  # x = 5 and 2x = 10: that may be the question
         return False
     return _same_value(gold, answer)  # y = 2x + 1 and 2x - y + 1 = 0
 
@@ -353,9 +356,10 @@ def _same_quantity(gold: str, answer: str) -> bool:
         return True
     if "degrees" not in (unit, other_unit):
         return False
-    # A number without a unit may be an angle in radians.
-    in_radians = r"(%s) \cdot \frac{\pi}{180}"
-    return _same_value(in_radians % value if unit else value, other if unit else in_radians % other)
+    # The side without a unit may be in radians.
+    if unit:
+        return _same_value(rf"({value}) \cdot \frac{{\pi}}{{180}}", other)
+    return _same_value(value, rf"({other}) \cdot \frac{{\pi}}{{180}}")
 
 
 def _same_collection(gold: str, answer: str) -> bool:
@@ -371,13 +375,11 @@ def _same_collection(gold: str, answer: str) -> bool:
         return _same_value(gold, answer)
     if len(parts) != len(others):
         return False
-    unordered = [kind in (",", r"\{\}") for kind in (brackets, other_brackets)]
-    if "," not in (brackets, other_brackets):
-        if unordered[0] != unordered[1]:
-            return False
-        if len(parts) == 2 and brackets != other_brackets:  # intervals: [1, 2] and (1, 2)
-            return False
-    if not all(unordered) or _named(parts) != _named(others):
+    kinds = {brackets, other_brackets}
+    # A set and a tuple differ, and so do two intervals. Longer tuples may have any brackets.
+    if "," not in kinds and len(kinds) == 2 and (r"\{\}" in kinds or len(parts) == 2):
+        return False
+    if kinds - {",", r"\{\}"} or _named(parts) != _named(others):
         return all(map(_same, parts, others))
     rest = list(others)
     for part in parts:
@@ -390,7 +392,7 @@ def _same_collection(gold: str, answer: str) -> bool:
 
 def _named(parts: list[str]) -> bool:
     """Return whether the parts have different names, as in x = 1, y = 2."""
-    return len({name for part in parts for name in _equation(part)[0] if "=" in part}) > 1
+    return len({name for part in parts for name in _equation(part)[0]}) > 1
 
 
 def _spelling(text: str) -> str:
@@ -399,7 +401,7 @@ def _spelling(text: str) -> str:
 
 
 def _chooses(gold: str, answer: str) -> bool:
-    """Return whether `answer` is the label `gold` of a multiple choice: B, Option B, (B) 12."""
+    """Return whether `answer` picks the choice `gold`: Option B, (B) 12."""
     label = re.fullmatch(r"\(?([A-J])\)?", gold)
     answer = re.sub(r"\\text|[{}]", "", answer).strip()
     chosen = re.fullmatch(r"(?i:option |choice )?\(?([A-J])(?:\)|[.:](?!\d)|$)(.*)", answer)
@@ -409,11 +411,11 @@ def _chooses(gold: str, answer: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """Return words in lower case and without a plural s; nothing for anything else."""
+    """Return words in lower case without a plural s; "" for anything else."""
     words = re.sub(r"\\text ?|[{}]", "", text).lower().split()
-    if not all(re.fullmatch("[a-z'-]+", word) for word in words) or len(text) < 2:
+    if not all(re.fullmatch("[a-z'-]+", word) for word in words):
         return ""
-    return " ".join(word.rstrip("s") for word in words)
+    return " ".join(word.removesuffix("s") for word in words)
 
 
 def _number(text: str) -> Fraction | None:
@@ -424,10 +426,9 @@ def _number(text: str) -> Fraction | None:
     try:
         if match := re.fullmatch(r"(-?\d+\.?\d*)\\(?:times|cdot) ?10\^\{?(-?\d{1,3})\}?", text):
             return Fraction(f"{match[1]}e{match[2]}")
-        if match := re.fullmatch(r"(-?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", text):
-            return Fraction(
-                int(match[1] + "1") * int(match[2] or match[3]), int(match[4] or match[5])
-            )
+        if match := re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}", text):
+            fraction = Fraction(int(match[2]), int(match[3]))
+            return -fraction if match[1] else fraction
         if re.fullmatch(r"-?\d+/\d+", text):
             return Fraction(text)
         if match := re.fullmatch(r"\(?([\dA-Fa-f]*\d[\dA-Fa-f]*)\)?_\{?(\d+)\}?", text):
@@ -437,17 +438,23 @@ def _number(text: str) -> Fraction | None:
     return None
 
 
+_PARSER_RULES = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+
+
 @functools.lru_cache(8192)
 def _value(text: str):
-    """Return what math-verify's parser makes of `text`; None if it cannot read it."""
-    # The parser ignores the subscript of a number, and adds 1 2 as it adds 1 \frac{2}{3}.
+    """Return `text` as a SymPy object; None if math-verify's parser cannot read it."""
+    # The parser ignores the subscript of a number, and reads 1 2 as 1 + 2, like 1 \frac{2}{3}.
     if re.search(r"\d ?_|(?<![_\d])\d+ \d", text):
         return None
-    text = re.sub(r"(?<=[\d)])(?<![_^]\d) ?\(", r" \\cdot (", text).replace("\n", r"\\")
-    rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    real = not should_treat_as_complex(text)
+    text = re.sub(r"(?<=[\d)])(?<![_^]\d) ?\(", r" \\cdot (", text)  # 2(3) would be 2 + 3, too
     try:
-        value = latex2sympy(text, is_real=real, convert_degrees=True, normalization_config=rules)
+        value = latex2sympy(
+            text.replace("\n", r"\\"),
+            is_real=not should_treat_as_complex(text),
+            convert_degrees=bool(re.search(_command("sin cos tan cot sec csc"), text)),
+            normalization_config=_PARSER_RULES,
+        )
         if isinstance(value, Expr):
             value = value.subs({symbol: I for symbol in value.free_symbols if symbol.name == "i"})
     except Exception:  # the parser raises many types
@@ -459,12 +466,12 @@ def _same_value(gold: str, answer: str) -> bool:
     if _words(gold) and _words(gold) == _words(answer):
         return True
     numbers = _number(gold), _number(answer)
-    # Decimals may be rounded. math-verify knows how far.
+    # Decimals may be rounded; math-verify checks how far.
     if None not in numbers and (numbers[0] == numbers[1] or "." not in gold + answer):
         return numbers[0] == numbers[1]
     if _value(gold) is None or _value(answer) is None:
         return False
-    # SymPy solves 2x < 6 and integrates, but these may be the question.
+    # SymPy would solve 2x < 6 or an integral, but these may be the question.
     if _is_solved(answer) is False and _is_solved(gold) is not False:
         return False
     if _is_open(_value(answer)) and not _is_open(_value(gold)):
@@ -473,39 +480,41 @@ def _same_value(gold: str, answer: str) -> bool:
 
 
 def _is_constant(text: str) -> bool:
-    """Return whether `text` is a number, or an expression without letters."""
+    """Return whether `text` is a value without letters."""
     return not getattr(_value(text), "free_symbols", True)
 
 
+def _is_expression(value) -> bool:
+    """Return whether `value` is a number or formula: no set, relation or matrix."""
+    return isinstance(value, Expr) and not value.is_Matrix
+
+
 def _is_open(value) -> bool:
-    """Return whether an expression has sums, products, integrals, limits or derivatives."""
-    return isinstance(value, Expr) and value.has(ExprWithLimits, Limit, Derivative)
+    """Return whether `value` has a sum, product, integral, limit or derivative to work out."""
+    return _is_expression(value) and value.has(ExprWithLimits, Limit, Derivative)
 
 
 def _is_solved(text: str) -> bool | None:
-    """Return whether an inequality compares a name with numbers; None if `text` is none."""
+    """Return whether an inequality only compares a name with numbers; None if it is not one."""
     parts = _split(text, _INEQUALITY)
     if len(parts) == 1:
         return None
-    names = [part for part in parts if _NAME.fullmatch(part)]
-    return len(names) == 1 and all(map(_is_constant, set(parts) - set(names)))
+    return all(_NAME.fullmatch(part) or _is_constant(part) for part in parts)
 
 
 def _differ(value, other) -> bool:
-    """Return whether two expressions differ at one point. `simplify` takes far longer to say so."""
-    if not isinstance(value, Expr) and not isinstance(other, Expr):
-        return False
-    if not isinstance(value, Expr) or not isinstance(other, Expr):  # a number and a set
+    """Return whether two values clearly differ. SymPy's `simplify` takes far longer to say so."""
+    if _is_expression(value) != _is_expression(other):  # a number and a set
         return True
-    if _is_open(value) or _is_open(other):  # a sum of 1.37 terms
+    if not _is_expression(value) or _is_open(value) or _is_open(other):
         return False
     symbols = sorted(value.free_symbols | other.free_symbols, key=str)
     point = {symbol: 1.37 + 0.23 * index for index, symbol in enumerate(symbols)}
     try:
         one, two = (complex(side.subs(point).evalf()) for side in (value, other))
-    except Exception:  # not a number, such as a derivative
+    except Exception:  # not a number at this point
         return False
-    return math.isfinite(abs(one)) and abs(one - two) > 1e-5 * max(1.0, abs(one))
+    return abs(one - two) > 1e-5 * max(1.0, abs(one))
 
 
 def _verify(gold: str, answer: str) -> bool:

@@ -30,7 +30,8 @@ def test_verdicts():
     with grading.Grader(workers=2, seconds=10.0) as grader:
         found = grader.grade(list(responses), list(golds))
         assert grader.failures == 0
-        assert grader.check_golds([r"\frac12", r"\boxed{", "3", "", r"\$"]) == [1, 3, 4]
+        assert grader.grade(["\\boxed{\n9\t}"], ["9.0"]) == [1.0]
+        assert grader.check_golds([r"\frac12", r"\boxed{", "3", "", r"\$", r"\,"]) == [1, 3, 4, 5]
     expected = [float(verdict == "right") for verdict in verdicts]
     assert [case for case, one, other in zip(CASES, found, expected) if one != other] == []
 
