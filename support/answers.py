@@ -9,6 +9,7 @@ import functools
 import math
 import re
 import unicodedata
+import zlib
 from fractions import Fraction
 
 import pint
@@ -118,7 +119,7 @@ _REWRITES = [
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1"),
     (r"\\sqrt ?(\[3\])? ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt\1{\2\3}"),
     # numbers: 1.5e-3, 1.5 x 10^3, 1 3/4, 0.1\overline{6}, 0.1666...
-    (r"(?<![\w.}])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w_])", r"\1 \\times 10^{\2}"),
+    (r"(?<![\w.}])(\d+(?:\.\d+)?)[eE]\+?(-?\d{1,3})(?![\w_])", r"\1 \\times 10^{\2}"),
     (r"(?<=\d) ?x ?(?=10 ?\^)", r" \\times "),
     (r"(?<![\w.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?", _repeating),
@@ -133,6 +134,7 @@ _REWRITES = [
 _REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
 
 
+@functools.lru_cache(8192)
 def plain(text: str) -> str:
     r"""Return `text` in plain LaTeX: ASCII, no drawing commands, one spelling of each thing."""
     text = "".join(map(_character, text))
@@ -476,7 +478,7 @@ def _same_value(gold: str, answer: str) -> bool:
         return False
     if _is_open(_value(answer)) and not _is_open(_value(gold)):
         return False
-    return not _differ(_value(gold), _value(answer)) and _verify(gold, answer)
+    return not _differ(gold, answer) and _verify(gold, answer)
 
 
 def _is_constant(text: str) -> bool:
@@ -502,19 +504,28 @@ def _is_solved(text: str) -> bool | None:
     return all(_NAME.fullmatch(part) or _is_constant(part) for part in parts)
 
 
-def _differ(value, other) -> bool:
+def _differ(gold: str, answer: str) -> bool:
     """Return whether two values clearly differ. SymPy's `simplify` takes far longer to say so."""
-    if _is_expression(value) != _is_expression(other):  # a number and a set
+    if _is_expression(_value(gold)) != _is_expression(_value(answer)):  # a number and a set
         return True
-    if not _is_expression(value) or _is_open(value) or _is_open(other):
-        return False
-    symbols = sorted(value.free_symbols | other.free_symbols, key=str)
-    point = {symbol: 1.37 + 0.23 * index for index, symbol in enumerate(symbols)}
+    one, two = _sample(gold), _sample(answer)
     try:
-        one, two = (complex(side.subs(point).evalf()) for side in (value, other))
-    except Exception:  # not a number at this point
+        return bool(abs(one - two) > 1e-5 * max(1, abs(one)))
+    except TypeError:  # not both are numbers
         return False
-    return abs(one - two) > 1e-5 * max(1.0, abs(one))
+
+
+@functools.lru_cache(8192)
+def _sample(text: str):
+    """Return the value of an expression where its letters have certain values between 1 and 2."""
+    value = _value(text)
+    if not _is_expression(value) or _is_open(value):  # a sum may not have 1.37 terms
+        return None
+    point = {letter: 1 + zlib.crc32(letter.name.encode()) / 2**32 for letter in value.free_symbols}
+    try:
+        return value.subs(point).evalf()
+    except Exception:  # SymPy raises many types
+        return None
 
 
 def _verify(gold: str, answer: str) -> bool:
