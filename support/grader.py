@@ -1,4 +1,4 @@
-"""Grading: 1 if the last box of a response says the same as the gold answer, else 0.
+"""Grading: 1 if the last box of a response is equivalent to the gold answer, else 0.
 
 `answers.py` compares the two. Its libraries can hang, run out of memory or abort in C code, so it
 runs in small worker processes that may die.
@@ -24,7 +24,7 @@ _LONGEST_ANSWER = 512  # characters; the longest gold of DeepMath and MATH-500 h
 # An escaped character is one token, so \{ and \} never count as braces.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # \boxed{ or \fbox{, or a number without braces: \boxed 9
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d[\d.]*))")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d[^\s{}$\\]*)(?=[\s$]|\\[)\]]|$))")
 
 
 def extract_boxed(response: str) -> str | None:
@@ -81,7 +81,7 @@ signal.signal(signal.SIGALRM, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 signal.alarm(120)  # for the imports, perhaps from a slow disk
 
-{Path(__file__).with_name("answers.py").read_text()}
+{Path(__file__).with_name("answers.py").read_text(encoding="utf-8")}
 {inspect.getsource(_worker_main)}
 """
 
@@ -146,7 +146,7 @@ class Grader:
             self._idle.put(None)
 
     def grade(self, responses: list[str], answers: list[str]) -> list[float]:
-        """Return 1.0 where the last box of a response equals its gold answer, else 0.0."""
+        """Return 1.0 where the last box of a response matches its gold answer, else 0.0."""
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
         boxes = [extract_boxed(response) or "" for response in responses]
