@@ -150,10 +150,11 @@ class Grader:
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
         boxes = [extract_boxed(response) or "" for response in responses]
+        boxes = [box if len(box) <= _LONGEST_ANSWER else "" for box in boxes]
         pairs = list(zip(answers, boxes))
-        self._known |= {(gold, box): True for gold, box in pairs if gold == box}
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
-        verdicts = self._verdicts([pair for pair in new if 0 < len(pair[1]) <= _LONGEST_ANSWER])
+        new = [pair for pair in dict.fromkeys(pairs) if pair[1] and pair not in self._known]
+        self._known |= {pair: True for pair in new if pair[0] == pair[1]}
+        verdicts = self._verdicts([pair for pair in new if pair not in self._known])
         # Failures have no verdict and are not remembered, so a repeated pair is tried again.
         self._known |= {pair: verdict for pair, verdict in verdicts.items() if verdict is not None}
         return [float(self._known.get(pair, False)) for pair in pairs]
