@@ -238,7 +238,7 @@ _NUMERIC_COMMANDS = re.compile(_command("frac sqrt pi times cdot div binom"))
 _NOT_UNITS = (
     "or and not no than less more least most about is mod times squared cubed halves thirds"
 )
-_NOT_UNITS += " tenths hundredths"
+_NOT_UNITS += " fourths fifths tenths hundredths thousandths plus minus factorial"
 
 
 def _unit(text: str) -> tuple[str, str]:
