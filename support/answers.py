@@ -10,6 +10,7 @@ import math
 import re
 import unicodedata
 import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pint
@@ -159,11 +160,18 @@ def plain(text: str) -> str:
 _BRACKET = r"(?P<open>\\\{|[(\[{])|(?P<close>\\\}|[)\]}])|\\[A-Za-z]+"
 
 
+def _tokens(text: str, pattern: str) -> Iterator[tuple[re.Match, int]]:
+    """Yield the matches of `pattern` with the number of brackets open after each."""
+    depth = 0
+    for token in re.finditer(pattern, text):
+        depth += bool(token["open"]) - bool(token["close"])
+        yield token, depth
+
+
 def _split(text: str, separator: str) -> list[str]:
     """Split `text` at the separators outside brackets."""
-    parts, start, depth = [], 0, 0
-    for token in re.finditer(f"(?P<separator>{separator})|{_BRACKET}", text):
-        depth += bool(token["open"]) - bool(token["close"])
+    parts, start = [], 0
+    for token, depth in _tokens(text, f"(?P<separator>{separator})|{_BRACKET}"):
         if token["separator"] and depth == 0:
             parts.append(text[start : token.start()].strip())
             start = token.end()
@@ -172,16 +180,13 @@ def _split(text: str, separator: str) -> list[str]:
 
 def _brackets(text: str) -> tuple[str, str, str] | None:
     """Return (opening, content, closing) if one pair of brackets encloses all of `text`."""
-    if not (first := re.match(r"\\\{|[(\[{]", text)):
+    first = re.match(_BRACKET, text)
+    if not first or not first["open"]:
         return None
-    depth = 0
-    for token in re.finditer(_BRACKET, text):
-        depth += bool(token["open"]) - bool(token["close"])
-        if depth == 0:
-            break
-    if depth != 0 or token.end() != len(text):
+    last = next((token for token, depth in _tokens(text, _BRACKET) if depth == 0), None)
+    if not last or last.end() != len(text):
         return None
-    return first[0], text[first.end() : token.start()].strip(), token[0]
+    return first[0], text[first.end() : last.start()].strip(), last[0]
 
 
 _GREEK = "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma "
@@ -203,6 +208,7 @@ _NAMES = [
 ]
 _NAME = rf"(?:{'|'.join(_NAMES)})"
 _NAME = re.compile(rf"{_NAME}|\\text ?\{{[A-Za-z' .,-]+\}} ?{_NAME}?")  # \text{Area of } ABC
+_APPROX = _command("approx")
 _EQUALS = r"(?<![<>!])=|\\in(?![A-Za-z])"
 _INEQUALITY = r"[<>]=?|\\(?:[lg]eq?(?:slant)?|[lg]t|neq?)(?![A-Za-z])"
 _LIST = r"[,;]|\\text ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
@@ -217,7 +223,7 @@ def _equation(text: str) -> tuple[list[str], list[str]]:
     equations = [part for part in _split(text, _LIST) if len(_split(part, _EQUALS)) > 1]
     if len(equations) > 1:  # a list: x = 1, y = 2
         return [], [text]
-    exact, *rounded = _split(text, _command("approx"))
+    exact, *rounded = _split(text, _APPROX)
     parts = [part for part in _split(exact, _EQUALS) if part]
     names = [part for part in parts if _NAME.fullmatch(part)]
     values = [part for part in parts if part not in names] or rounded
@@ -235,10 +241,9 @@ _UNIT += r"(?: ?\^ ?\{? ?-?\d ?\}?)?(?: ?(?:/|\\cdot) ?| )?"
 _WITH_UNIT = re.compile(rf"(?P<value>.*?(?:[\d)}}!]|\\pi)) ?(?P<unit>(?:{_UNIT})+)")
 _MONEY = re.compile(r"(?P<sign>[-+]?) ?(?:\\?\$|\\text ?\{ ?\\?\$ ?\}) ?(?P<value>[^$]+)")
 _NUMERIC_COMMANDS = re.compile(_command("frac sqrt pi times cdot div binom"))
-_NOT_UNITS = (
-    "or and not no than less more least most about is mod times squared cubed halves thirds"
-)
-_NOT_UNITS += " fourths fifths tenths hundredths thousandths plus minus factorial"
+_NOT_UNITS = {*"or and not no than less more least most about is plus minus times mod".split()}
+_NOT_UNITS |= {*"squared cubed factorial halves thirds fourths fifths tenths hundredths".split()}
+_NOT_UNITS |= {"thousandths"}
 
 
 def _unit(text: str) -> tuple[str, str]:
@@ -252,7 +257,7 @@ def _unit(text: str) -> tuple[str, str]:
     unit = re.sub(r"\^\\circ|\bdeg(rees?)?\b", " degrees ", unit)
     unit = " ".join(unit.split())
     known = re.fullmatch("[A-Za-z0-9 /^-]+", unit)
-    if not known or set(_NOT_UNITS.split()) & set(unit.lower().split()):
+    if not known or _NOT_UNITS & set(unit.lower().split()):
         return text, ""
     return match["value"], unit
 
@@ -265,6 +270,9 @@ def _registry() -> pint.UnitRegistry:
     return registry
 
 
+_DEGREE = r"\frac{\pi}{180}"  # in radians
+
+
 @functools.lru_cache(4096)
 def _conversion(unit: str, target: str) -> str | None:
     """Return the factor that converts `unit` to `target`; None if there is none."""
@@ -274,8 +282,10 @@ def _conversion(unit: str, target: str) -> str | None:
         ratio = _registry().Quantity(1, unit).to(target).magnitude
     except Exception:  # an unknown unit or another dimension; Pint raises many types
         return None
-    if {unit, target} & {"degrees"}:
-        return r"\frac{\pi}{180}" if unit == "degrees" else r"\frac{180}{\pi}"
+    if unit == "degrees":
+        return _DEGREE
+    if target == "degrees":
+        return r"\frac{180}{\pi}"
     # 1/60 is not exact as a float, but 60 is.
     fraction = Fraction(max(ratio, 1 / ratio)).limit_denominator(10**6)
     above, below = fraction.as_integer_ratio() if ratio > 1 else (1 / fraction).as_integer_ratio()
@@ -351,8 +361,10 @@ def _same_quantity(gold: str, answer: str) -> bool:
         return _same_collection(gold, answer)
     if unit and other_unit:
         factor = _conversion(other_unit, unit)
-        if factor in (None, "1"):
-            return factor is not None and _same(value, other)
+        if factor is None:
+            return False
+        if factor == "1":
+            return _same(value, other)
         return _same_value(value, rf"({other}) \cdot {factor}")
     if _same(value, other):
         return True
@@ -360,8 +372,8 @@ def _same_quantity(gold: str, answer: str) -> bool:
         return False
     # The side without a unit may be in radians.
     if unit:
-        return _same_value(rf"({value}) \cdot \frac{{\pi}}{{180}}", other)
-    return _same_value(value, rf"({other}) \cdot \frac{{\pi}}{{180}}")
+        return _same_value(rf"({value}) \cdot {_DEGREE}", other)
+    return _same_value(value, rf"({other}) \cdot {_DEGREE}")
 
 
 def _same_collection(gold: str, answer: str) -> bool:
@@ -405,9 +417,11 @@ def _spelling(text: str) -> str:
 def _chooses(gold: str, answer: str) -> bool:
     """Return whether `answer` picks the choice `gold`: Option B, (B) 12."""
     label = re.fullmatch(r"\(?([A-J])\)?", gold)
+    if not label:
+        return False
     answer = re.sub(r"\\text|[{}]", "", answer).strip()
     chosen = re.fullmatch(r"(?i:option |choice )?\(?([A-J])(?:\)|[.:](?!\d)|$)(.*)", answer)
-    if not label or not chosen or label[1] != chosen[1]:
+    if not chosen or label[1] != chosen[1]:
         return False
     return not re.search(r"\b(?:[A-J]|or|and)\b", chosen[2])  # (A) or (B)
 
@@ -440,6 +454,7 @@ def _number(text: str) -> Fraction | None:
     return None
 
 
+_TRIGONOMETRIC = re.compile(_command("sin cos tan cot sec csc"))
 _PARSER_RULES = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 
 
@@ -454,7 +469,7 @@ def _value(text: str):
         value = latex2sympy(
             text.replace("\n", r"\\"),
             is_real=not should_treat_as_complex(text),
-            convert_degrees=bool(re.search(_command("sin cos tan cot sec csc"), text)),
+            convert_degrees=bool(_TRIGONOMETRIC.search(text)),
             normalization_config=_PARSER_RULES,
         )
         if isinstance(value, Expr):
@@ -465,7 +480,8 @@ def _value(text: str):
 
 
 def _same_value(gold: str, answer: str) -> bool:
-    if _words(gold) and _words(gold) == _words(answer):
+    words = _words(gold)
+    if words and words == _words(answer):
         return True
     numbers = _number(gold), _number(answer)
     # Decimals may be rounded; math-verify checks how far.

@@ -15,7 +15,7 @@ from tools import grading as made
 
 from conftest import PAPER_DATA, ROOT, needs_paper_data
 
-LINES = (ROOT / "tests" / "grading.tsv").read_text().splitlines()
+LINES = (ROOT / "tests" / "grading.tsv").read_text(encoding="utf-8").splitlines()
 CASES = [line.split("\t") for line in LINES if not line.startswith("#")]
 HOSTILE = [r"9^{9^{9^9}}", "100000!!", r"\gcd(9^{9^9}, 6)", "{" * 10**6 + "}" * 10**6]
 HALF = [r"\boxed{0.5}"], [r"\frac24"]  # correct, but not spelled alike
