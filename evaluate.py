@@ -1,5 +1,6 @@
 """Measure Avg@K and Pass@k of a language model on math problems, with standard errors.
 
+    python evaluate.py                                   the newest run, on its held-out problems
     python evaluate.py --model Qwen/Qwen3-4B             on the paper's four benchmarks
     accelerate launch evaluate.py --model runs/a/final   each GPU draws a share of the samples
     python evaluate.py --model M --benchmarks aime24,aime25 --samples 300     Pass@1, 2, 4 ... 256
@@ -30,9 +31,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import pydantic
-from tqdm import tqdm
 
 import oisd
 from oisd import Tokenizer
@@ -40,7 +41,7 @@ from support import models, problems, processes
 from support.grader import Grader, extract_boxed
 from support.processes import rank, world
 from support.run_folder import commit, differences, open_folder, read_line, write_atomically
-from support.settings import Parser, UserError, derive_seed, one_line
+from support.settings import Parser, UserError, derive_seed, one_line, run_settings
 from support.types import Count, Share, Text
 
 KEY = ("benchmark", "row", "sample")  # fields that identify a sample
@@ -69,7 +70,8 @@ class Config(oisd.Config):
     """What to evaluate. All other settings have the defaults of training."""
 
     # Evaluation
-    model: str = ""  # Hugging Face name or folder
+    model: str = ""  # Hugging Face name or folder; "" for that of `run`
+    run: str = ""  # finished run, without `model`: its model, settings and held-out problems
     benchmarks: Text = ",".join(BENCHMARKS)  # names; your own data: NAME=SOURCE
     samples: Count = 0  # per problem; 0: the paper's number, 16 for your own data
     limit: Count = 0  # only the first N problems of each benchmark; 0 for all
@@ -79,8 +81,23 @@ class Config(oisd.Config):
 
 
 SAMPLING = "sampler temperature max_response_tokens dtype thinking system_prompt seed".split()
-OPTIONS = [*Config.__annotations__, *SAMPLING, "chat_template", "question_field", "answer_field"]
-OPTIONS += "sampler_batch vllm_eager grader_seconds grader_workers".split()
+SHARED = [*SAMPLING, "chat_template", "question_field", "answer_field"]  # what a run gives, too
+SHARED += "sampler_batch vllm_eager grader_seconds grader_workers".split()
+OPTIONS = [*Config.__annotations__, *SHARED]
+
+
+def run_options(run: str) -> dict[str, Any]:
+    """Take the settings from a finished run, by default the newest of runs/. Raises: UserError."""
+    finished = sorted(Path("runs").glob("*/final"), key=lambda final: final.stat().st_mtime)
+    if not run and not finished:
+        raise UserError("--model is missing: a Hugging Face name or a folder; runs/ has no run")
+    folder = Path(run) if run else finished[-1].parent
+    settings = run_settings(folder, oisd.Config)
+    shared = {name: settings[name] for name in SHARED}
+    source = settings["test_data"] or settings["train_data"]
+    model = {"model": f"{folder}/final", "benchmarks": f"held_out={source}"}
+    return shared | model | {"limit": settings["eval_problems"]}
+
 
 # ---- Estimates ---------------------------------------------------------------------------------
 
@@ -187,7 +204,9 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
     settings = {"held": held | data, "ask": ask, "first_prompt": first_prompt}
     settings["versions"] = versions | {"oisd": commit()}
     write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False))
-    print(f"{folder}: {ask}; the first prompt:\n---\n{first_prompt}\n---", flush=True)
+    for name, asked in ask.items():
+        print(f"{name}: {asked['problems']} problems x {asked['samples']} samples -> {folder}")
+    print(f"the first prompt:\n---\n{first_prompt}\n---", flush=True)
     return set(read_samples(folder))
 
 
@@ -208,7 +227,7 @@ def draw(config: Config, tasks: list, tokenizer: Tokenizer, folder: Path, device
     tasks = tasks[rank() :: world()]
     seeds = [derive_seed(config.seed, "evaluate", *key) for key, _ in tasks]
     stream = sampler.stream([problem.prompt_ids for _, problem in tasks], seeds)
-    stream = tqdm(stream, "drawing", len(tasks), disable=rank() > 0)
+    stream = processes.counted(stream, len(tasks), "sampling")
     with (folder / f"samples-{rank()}.jsonl").open("a", encoding="utf-8") as file:
         for index, ids, _, finish in stream:
             key, problem = tasks[index]
@@ -328,8 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program: -> 0, 2 for a UserError or a failure of the disk, 130 for Ctrl-C."""
     try:
         given, _ = Parser(Config, "evaluate.py", __doc__, OPTIONS).given(arguments)
+        if "run" in given and "model" in given:
+            raise UserError("--run has a model of its own: leave --model out")
         if not given.keys() & {"model", "grade_only"}:
-            raise UserError("--model is missing: a Hugging Face name or a folder")
+            given = run_options(given.get("run", "")) | given
         config = Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)
         with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader:
             if config.grade_only:

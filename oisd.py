@@ -61,6 +61,8 @@ from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple
 
 # Let idle OpenMP threads sleep quickly: 5x faster on a shared CPU. Must be set before torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__" and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    print("oisd: loading torch and transformers, 5 to 15 seconds", file=sys.stderr, flush=True)
 
 import pydantic
 import torch
@@ -79,18 +81,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from support import laptop, models, packed_attention, problems, processes, run_folder
+from support import models, packed_attention, problems, processes, run_folder
 from support.check_model import check_model
 from support.grader import Grader
 from support.hf_sampler import HfSampler, Sample
 from support.kernels import add_product, chunked_logits, lens_rows, log_ratios, product_dtype
 from support.problems import Problem
-from support.processes import TrainingError, from_rank_0, gather, rank, say, world
+from support.processes import TrainingError, doing, from_rank_0, gather, rank, say, world
 from support.settings import UserError, derive_seed, load_settings
 from support.types import AboveOne, AtLeastOne, Count, NotNegative, Positive, Share, Text
 from support.vllm_engine import repack_tied_head, start_engine
 
-VERSION = "0.6"
+VERSION = "0.7"
 
 # ---- Config ------------------------------------------------------------------------------------
 
@@ -109,8 +111,8 @@ class Config:
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # field that limits the longest prompt
 
     # Model and problems
-    model: Text = "tiny_model"  # Hugging Face name or folder of a decoder-only model
-    train_data: Text = "tiny_model/train.jsonl"  # name[[:configuration]:split], file or https URL
+    model: Text = "tiny/middle"  # Hugging Face name or folder of a decoder-only model
+    train_data: Text = "tiny/sums/train.jsonl"  # name[[:configuration]:split], file or https URL
     test_data: str = ""  # held-out problems, likewise; "" for none
     question_field: Text = "question"  # column: text or list of chat messages; a.b for nested ones
     answer_field: Text = "answer"  # column with the gold answer; a.b for nested ones
@@ -401,8 +403,10 @@ def sample_rollouts(
     repeated = [problem for problem in problems[first:end] for _ in range(copies)]
     places = range(first * copies, end * copies)
     seeds = [derive_seed(run.config.seed, purpose, step, place) for place in places]
-    samples = sorted(run.sampler.stream([problem.prompt_ids for problem in repeated], seeds))
+    stream = run.sampler.stream([problem.prompt_ids for problem in repeated], seeds)
+    samples = sorted(processes.counted(stream, len(seeds), f"sampling ({purpose})"))
     run.sampler.sleep()
+    doing("grading")
     texts = [run.tokenizer.decode(sample[1], skip_special_tokens=True) for sample in samples]
     rewards = run.grader.grade(texts, [problem.answer for problem in repeated])
     rollouts = [
@@ -1197,12 +1201,14 @@ def train_step(run: Run) -> dict[str, Any]:
     processes.reset_peak(device)
 
     # 3: the trainer's own log-probs, before any update
+    doing(f"step {step + 1}: scoring the tokens")
     gap = set_old_logprobs(run, rollouts)
 
     # 4: advantages; a baseline may prepare more
     run.method.before_updates(run, rollouts)
 
     # 5 to 10: the optimizer updates
+    doing(f"step {step + 1}: updating the policy")
     update_metrics = update_policy(run, rollouts)
     run.state["step"] = step + 1
     finished = time.perf_counter()
@@ -1324,9 +1330,6 @@ def prepare(name: str, config: Config, method: Method = Method()) -> Run:
 def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Method) -> Run:
     """Load data and model, start the sampler, shard, make the optimizer. Raises: UserError."""
     device = accelerator.device
-    if config.model == "tiny_model":  # built locally, not downloaded
-        with accelerator.main_process_first():
-            laptop.make()
     limits = config.student_layer, config.longest_row, config.prompt_limit
     rows = models.check_model_config(config.model, *limits).vocab_size
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
@@ -1343,6 +1346,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     found = f"{len(training)} training problems, {too_long} too long"
     say(f"{found}; {len(held_out)} held out, {left_out} too long")
     say(f"the first prompt:\n---\n{tokenizer.decode(training[0].prompt_ids)}\n---")
+    doing(f"loading and checking {config.model}")
 
     # Load and check the full model on rank 0's CPU. With FSDP2 the others start from an empty one.
     sharded = dist.is_initialized()
@@ -1370,8 +1374,9 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     fused = device.type == "cuda"  # fused AdamW needs no temporaries as large as the model
     optimizer = torch.optim.AdamW(model.parameter_groups(), **settings, fused=fused)
-    sizes = f"{models.sizes(model)}, student layer {config.student_layer}"
-    say(f"{config.model}: {sizes}, {world()} x {device.type}, {config.dtype} -> {folder}")
+    say(f"{config.model}: {models.sizes(model)}")
+    student = f"student layer {config.student_layer}"
+    say(f"{student}, {world()} x {device.type}, {config.dtype} -> {folder}")
     return Run(
         method=method,
         config=config,
@@ -1455,9 +1460,7 @@ def report_accuracy(run: Run) -> None:
     run.accelerator.log({"held_out_accuracy": score["accuracy"]}, step=step)
     if rank() == 0:
         run_folder.write_atomically(run.folder / "held_out.json", json.dumps(scores) + "\n")
-    error = score["standard_error"]
-    error = "unknown" if error is None else f"{error:.1%}"
-    say(f"held-out accuracy after step {step}: {score['accuracy']:.1%} (standard error {error})")
+    say(f"held-out accuracy after step {step}: {run_folder.percent(score)}")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -1470,27 +1473,27 @@ def train(run: Run) -> None:
     """Run from the current step to `num_steps`, then export."""
     config = run.config
     settings = dataclasses.asdict(config)
-    with run_folder.Log(run.folder, run.accelerator, run.state["step"], settings) as log:
-        while True:
-            step = run.state["step"]
-            last = step >= config.num_steps
-            due = step > 0 and (last or run_folder.every(config.checkpoint_every, step))
+    log = run_folder.Log(run.folder, run.accelerator, run.state["step"], settings)
+    while True:
+        step = run.state["step"]
+        last = step >= config.num_steps
+        due = step > 0 and (last or run_folder.every(config.checkpoint_every, step))
+        if due:
+            save_checkpoint(run)  # first, since an evaluation may fail
+        if step == 0 or last or run_folder.every(config.eval_every, step):
+            report_accuracy(run)
             if due:
-                save_checkpoint(run)  # first, since an evaluation may fail
-            if step == 0 or last or run_folder.every(config.eval_every, step):
-                report_accuracy(run)
-                if due:
-                    save_checkpoint(run)  # the score, too
-            log.draw(step, last)
-            if last:
-                break
-            log.write(train_step(run))
-            run.signals.check()
+                save_checkpoint(run)  # the score, too
+        log.draw(step, last)
+        if last:
+            break
+        log.write(train_step(run))
+        run.signals.check()
 
     weights = full_weights(run.model.model, run.export_dtype)
     parts = run.model.model, run.export_dtype, run.generation_config, run.tokenizer
-    final = run_folder.export(run.folder, weights, *parts)
-    say(f"trained model: {final}; curves: {run.folder / 'curves.png'}")
+    run_folder.export(run.folder, weights, *parts)
+    say(run_folder.closing(run.folder, run.state["held_out"], config))
     if failures := sum(gather([run.grader.failures])):
         say(f"grading: {failures} responses ran out of time or memory and scored 0")
 

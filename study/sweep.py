@@ -5,9 +5,9 @@
 
     seeds = 8                          # a spec: seeds 0 to 7; a setting or a row may have its own, and a `program`
     baseline = "grpo"                  # the row that the others are compared with, seed by seed
-    prepare = ["-m support.laptop runs/start/weak --slip 0.63"]    # arguments of Python, run first, in this order
+    prepare = ["study/easy_sums.py runs/start/sums"]    # arguments of Python, run first, in this order
     [settings.weak]                    # fields of the config that all rows share, or those that it names as `rows`;
-    model = "runs/start/weak"          # it may name as `baseline` a setting that it is compared with
+    model = "tiny/weak"                # it may name as `baseline` a setting that it is compared with
     [rows.grpo]                        # fields of the config, and its table; a row may name its `settings`
     config = "configs.toml:tiny_grpo"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 Sample = tuple[int, list[int], list[float], str]  # prompt index, response, log-probs, finish reason
-SEGMENT = 32  # tokens after which finished sequences leave the batch
+SEGMENT = 16  # tokens after which finished sequences leave the batch
 
 
 class SeededSampling(LogitsProcessor):

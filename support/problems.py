@@ -33,7 +33,8 @@ class Problem:
 
 # ---- Files -------------------------------------------------------------------------------------
 
-SUFFIXES = (".parquet", ".json", ".jsonl", ".csv", ".tsv")
+TEXT = (".json", ".jsonl", ".csv", ".tsv")
+SUFFIXES = (".parquet", *TEXT)
 COMPRESSED = (".gz", ".bz2", ".xz")
 _BLANK = re.compile(r"\s*")
 
@@ -50,10 +51,6 @@ def read_dataset(source: str) -> Sequence[dict]:
 
     Raises: UserError.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the UserError reports it
     suffix = file_type(source)
     local = "://" not in source
     if suffix and local and not Path(source).is_file():
@@ -64,6 +61,12 @@ def read_dataset(source: str) -> Sequence[dict]:
         names = ", ".join(SUFFIXES)
         raise UserError(f"dataset {source!r}: a file's name must end in {names}, or that and .gz")
     try:
+        if local and Path(source).suffix.lower() in TEXT:
+            return parse_rows(Path(source).read_bytes(), suffix)
+        import datasets  # here, because it takes a second
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the UserError reports it
         if suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=source, split="train")
         if not suffix:

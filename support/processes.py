@@ -12,12 +12,13 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from tqdm import tqdm
 
 from support.settings import UserError
 
@@ -116,10 +116,37 @@ def split_by_size(sizes: Sequence[int], limit: int, ranks: int = 1) -> list[list
         count += ranks
 
 
+# ---- What the user sees ------------------------------------------------------------------------
+# Lines, from rank 0 alone. On a terminal, one more line below them says what is happening now and
+# is overwritten; a file gets the lines only. No colors and no escape codes.
+
+
+def terminal_width() -> int:
+    """Return the columns that a passing line may fill; 0 where standard output is no terminal."""
+    if rank() > 0 or not sys.stdout.isatty():
+        return 0
+    return shutil.get_terminal_size().columns - 1
+
+
 def say(text: str) -> None:
-    """Print once, above the progress bar."""
+    """Print a line that stays."""
+    doing("")
     if rank() == 0:
-        tqdm.write(text)
+        print(text, flush=True)
+
+
+def doing(text: str) -> None:
+    """Show on a terminal what takes a while, until the next call of this or `say`."""
+    if width := terminal_width():
+        print(f"\r{text[:width]:{width}}", end="\r", flush=True)
+
+
+def counted(items: Iterable, total: int, text: str) -> Iterator:
+    """Yield the items, and show how many of `total` have come."""
+    doing(f"{text}: 0 of {total}")
+    for done, item in enumerate(items, start=1):
+        yield item
+        doing(f"{text}: {done} of {total}")
 
 
 # ---- Devices -----------------------------------------------------------------------------------

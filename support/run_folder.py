@@ -29,7 +29,6 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded_state
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from support.processes import TrainingError, from_rank_0, gather, rank, say, wait_for_all, world
@@ -415,27 +414,68 @@ def accuracy(rewards: Sequence[float], copies: int) -> dict[str, float]:
     return found | {"problems": len(shares), "samples": copies}
 
 
+def percent(score: dict[str, float]) -> str:
+    """Write what `accuracy` returned: 88.1 ± 1.4 %, where ± is the standard error."""
+    error = score["standard_error"]
+    spread = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{100 * score['accuracy']:.1f}{spread} %"
+
+
+def closing(folder: Path, held_out: dict[str, dict], config: Any) -> str:
+    """Sum up a finished run: what it reached, where its files are and what to try next.
+
+    `held_out`: what `accuracy` returned, by step. `config`: the run's settings.
+    """
+    steps = config.num_steps
+    scores = [percent(score) for score in held_out.values()]
+    lines = []
+    if scores:
+        lines.append(f"held-out accuracy: {scores[0]} before, {scores[-1]} after {steps} steps")
+    lines.append(f"curves: {folder / 'curves.png'}; trained model: {folder / 'final'}")
+    lines.append("What to try next:")
+    lines.append(f"  python evaluate.py --run {folder}      # Avg@K and Pass@K")
+    lines.append(f"  python tools/lens.py table {folder}    # what each layer would say")
+    if config.resumable:
+        lines.append(f"  {resume_command(folder, config.program)} --num_steps {2 * steps}")
+    return "\n".join(lines)
+
+
 def every(n: int, step: int) -> bool:
     """Return whether something that happens every `n` steps happens at this one; 0 disables it."""
     return n > 0 and step % n == 0
 
 
+def duration(seconds: float) -> str:
+    """Write a duration in about two digits: 1.2 s, 43 s, 12 min, 5.2 h."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def step_line(metrics: dict[str, Any], total: int, left: float) -> str:
+    """Summarize a step in a line of at most 80 columns. `left`: seconds until the last step."""
+    step = f"step {metrics['step']:{len(str(total))}}/{total}"
+    bar = "#" * round(15 * metrics["reward"])
+    parts = [f"{step}  reward {metrics['reward']:.3f} |{bar:15}|"]
+    if metrics.get("think_js") is not None:
+        parts.append(f"think JS {metrics['think_js']:.3f}")
+    parts.append(duration(metrics["seconds"]))
+    if left:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
 class Log:
-    """The log of a run: metrics.jsonl, Accelerate's tracker, progress bar and curves."""
+    """The log of a run: metrics.jsonl, Accelerate's tracker, a line per step and curves."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int, settings: dict[str, Any]):
         accelerator.init_trackers(folder.resolve().parent.name, config=settings)
         self.folder = folder
         self.accelerator = accelerator
-        self.drawn = 0.0
-        look = {"unit": "step", "dynamic_ncols": True, "disable": rank() > 0}
-        self.bar = tqdm(total=settings["num_steps"], initial=step, **look)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
+        self.first = step
+        self.total = settings["num_steps"]
+        self.seconds = 0.0  # of all steps since `first`
+        self.drawn = time.monotonic()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Log a step."""
@@ -444,13 +484,14 @@ class Log:
                 file.write(json.dumps(metrics) + "\n")
         numbers = {name: value for name, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=metrics["step"])
-        self.bar.update()
-        shown = [name for name in ("reward", "think_js") if name in numbers]
-        self.bar.set_postfix({name: f"{numbers[name]:.3f}" for name in shown})
+        self.seconds += metrics["seconds"]
+        per_step = self.seconds / (metrics["step"] - self.first)
+        left = per_step * (self.total - metrics["step"])
+        say(step_line(metrics, self.total, left))
 
     def draw(self, step: int, last: bool) -> None:
-        """Draw the curves, at most every 15 s and after the last step. Failures are reported."""
-        if rank() == 0 and step > 0 and (last or time.monotonic() - self.drawn > 15):
+        """Draw the curves, at most every 30 s and after the last step. Failures are reported."""
+        if rank() == 0 and step > 0 and (last or time.monotonic() - self.drawn > 30):
             self.drawn = time.monotonic()
             try:
                 draw_curves(read_metrics(self.folder), self.folder / "curves.png")

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import re
 import textwrap
 import tomllib
@@ -116,9 +117,16 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
         if key not in fields:
             hint = nearest(key, fields)
             raise UserError(f"{origin}: there is no field {key!r}{hint}; see --help")
-    return table, {
-        key: checked(kind, key, value, origin) for key, (value, origin) in merged.items()
-    }
+    values = {key: checked(kind, key, *entry) for key, entry in merged.items()}
+    return table, {key: beside(path.parent, value) for key, value in values.items()}
+
+
+def beside(folder: Path, value: Any) -> Any:
+    """Write a table's path as one from here, if it exists only relative to `folder`."""
+    if not isinstance(value, str) or "/" not in value or os.path.exists(value):
+        return value
+    path = f"{folder}/{value}"
+    return path if os.path.exists(path) else value
 
 
 def toml_table(name: str, settings: Any) -> str:
@@ -128,6 +136,16 @@ def toml_table(name: str, settings: Any) -> str:
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values]
     lines.insert(0, f"program = {json.dumps(settings.program)}")
     return "\n".join([f"[{json.dumps(name, ensure_ascii=False)}]", *lines, ""])
+
+
+def run_settings(folder: Path, kind: type) -> dict[str, Any]:
+    """Read a finished run's settings, those that `kind` has, too. Raises: UserError."""
+    written = folder / "config.toml"
+    if not (folder / "final").exists() or not written.exists():
+        raise UserError(f"{folder} is no finished run: it lacks config.toml or final/")
+    (values,) = tomllib.loads(written.read_text(encoding="utf-8")).values()
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in known}
 
 
 class Parser(argparse.ArgumentParser):

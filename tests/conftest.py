@@ -13,8 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `support` sets it, before
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import laptop
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_DATA = ROOT.parent / "shared" / "data"
@@ -29,7 +28,7 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 def make_toy(folder, tied):
     """Build a Qwen3 that answers any sum with \\boxed{1}, \\boxed{2} or \\boxed{3}, at random."""
     torch.manual_seed(0)
-    tokenizer = laptop.make_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "middle")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(**SHAPE, **ends, vocab_size=len(tokenizer), tie_word_embeddings=tied, dtype="float32")
     model = AutoModelForCausalLM.from_config(config)

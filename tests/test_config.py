@@ -34,6 +34,16 @@ def test_a_table_and_its_bases_load_in_its_program_only(table):
             oisd.load_config(words, PROGRAMS[other])
 
 
+def test_what_ships_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, config = oisd.load_config([])
+    assert config.model == str(ROOT / "tiny/middle") and config.test_data == str(ROOT / "tiny/sums/test.jsonl")
+    (tmp_path / "tiny" / "middle").mkdir(parents=True)  # what is here comes first
+    assert oisd.load_config([])[1].model == "tiny/middle"
+    (tmp_path / "a.toml").write_text(f'[a]\nchat_template = "{"/" * 9999}"')  # too long for a path
+    assert len(oisd.load_config(["--config=a.toml:"])[1].chat_template) == 9999
+
+
 def test_help_lists_every_field(capsys):
     with pytest.raises(SystemExit, match="0"):
         oisd.main(["--help"])

@@ -3,14 +3,16 @@
 import itertools
 import json
 import math
+import os
 import shutil
 from statistics import fmean
 
 import evaluate
+import oisd
 import pytest
 from support.hf_sampler import HfSampler
 
-from conftest import PAPER_DATA, ROOT, launch, needs_paper_data, output_of, read_lines, write_lines
+from conftest import PAPER_DATA, ROOT, launch, needs_paper_data, output_of, read_lines, toy_arguments, write_lines
 from conftest import evaluation_arguments as arguments
 
 
@@ -51,6 +53,25 @@ def test_what_an_evaluation_leaves(complete):
     figures = json.loads((complete / "summary.json").read_text())["figures"]["sums"]
     assert list(figures) == ["Avg@K", "Pass@1", "Pass@2", "Pass@4", "truncated", "no box", "tokens"]
     assert figures["Avg@K"][0] == pytest.approx(100 * fmean(row["right"] for row in rows))
+
+
+def test_the_newest_run_is_evaluated_as_it_was_trained(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([]) == 2
+    assert "--model is missing: a Hugging Face name or a folder; runs/ has no run" in capsys.readouterr().err
+    for place, changes in (("runs/old", {"seed": 3}), ("runs/new", {"seed": 4, "temperature": 0.5})):
+        assert oisd.main(toy_arguments(toy, place, num_steps=0, eval_problems=2, **changes)) == 0
+    os.utime("runs/old/final", (0, 0))
+    assert evaluate.main(["--samples=2"]) == 0
+    assert "held_out: 2 problems x 2 samples -> runs/eval_new_final" in capsys.readouterr().out
+    assert evaluate.main(["--samples=2", "--run=runs/old", "--temperature=2"]) == 0
+    for run, seed, temperature in (("new", 4, 0.5), ("old", 3, 2.0)):
+        held = json.loads((tmp_path / f"runs/eval_{run}_final/settings.json").read_text())["held"]
+        expected = {"sampler": "hf", "max_response_tokens": 8, "dtype": "float32", "seed": seed}
+        assert expected | {"temperature": temperature} == {name: held[name] for name in [*expected, "temperature"]}
+    assert evaluate.main(["--run=runs"]) == evaluate.main(["--run=runs/old", "--model=a"]) == 2
+    shown = capsys.readouterr().err
+    assert "runs is no finished run" in shown and "leave --model out" in shown
 
 
 def test_interrupted_and_resumed_is_uninterrupted(toy, complete, tmp_path, monkeypatch, capsys):

@@ -26,13 +26,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
-from support import laptop
 from support.processes import peak_bytes, reset_peak
 from support.run_folder import commit
+from support.settings import ROOT
 
 SMOLLM2 = {
     "vocab_size": 49_152,
@@ -129,7 +129,8 @@ def step_trl(options):
     settings |= {"bf16": options.dtype == "bfloat16", "use_cpu": DEVICE.type == "cpu", "report_to": []}
     settings = GRPOConfig(tempfile.mkdtemp(), beta=0.0, **settings)
     dataset = Dataset.from_dict({"prompt": [""]})
-    trainer = GRPOTrainer(model, lambda **_: [0.0], settings, dataset, processing_class=laptop.make_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "middle")
+    trainer = GRPOTrainer(model, lambda **_: [0.0], settings, dataset, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1
     responses = [torch.tensor(rollout.response_ids, device=DEVICE) for rollout in rollouts]
     padded = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=-1)

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import math
 import sys
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
-from support import laptop, problems
-from support.settings import Parser, UserError, derive_seed
+from support import problems
+from support.settings import Parser, UserError, derive_seed, run_settings
 
 
 @dataclass
@@ -65,14 +64,11 @@ class Opened:
 
 def settings_of(place: Path, words: list[str]) -> oisd.Config:
     """Read the table that `--config` names, else a run's own; the words on top. Raises: UserError."""
-    written = place / "config.toml"
-    if "--config" in words or not written.exists():
-        if "--config" not in words and place.name != "tiny_model":
-            raise UserError(f"{place} is no run: name the table of its problems by --config FILE:TABLE")
+    if "--config" in words:
         return oisd.load_config(words)[1]
-    (values,) = tomllib.loads(written.read_text(encoding="utf-8")).values()
-    known = {field.name for field in dataclasses.fields(oisd.Config)}
-    values = {name: value for name, value in values.items() if name in known}  # a baseline has more
+    if not (place / "config.toml").exists():
+        raise UserError(f"{place} is no run: name the table of its problems by --config FILE:TABLE")
+    values = run_settings(place, oisd.Config)
     given, _ = Parser(oisd.Config, "lens.py", "").given(words)
     return oisd.Config(**values | given)
 
@@ -85,12 +81,8 @@ def open_place(place: str, words: list[str]) -> Opened:
     config = settings_of(Path(place), words)
     if (Path(place) / "config.toml").exists():
         place = f"{place}/final"
-        if not Path(place).exists():
-            raise UserError(f"{place} does not exist: the run is not finished")
     plain = {"lora_rank": 0, "spread_weights": False, "dtype": "float32", "attention": "sdpa"}
     config = dataclasses.replace(config, model=place, **plain)
-    if config.model == "tiny_model":
-        laptop.make()
     tokenizer, (loaded, _) = problems.load_tokenizer(config.model, config.chat_template), oisd.load_model(config)
     end_ids = problems.end_token_ids(loaded.generation_config, tokenizer, loaded.config.vocab_size)
     found, _ = oisd.load_problems(config.test_data or config.train_data, tokenizer, config)

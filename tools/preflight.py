@@ -5,7 +5,7 @@
     python tools/preflight.py --ranks 2 --report preflight.md      two processes; default: all GPUs
 
 Without `--config` nothing is downloaded. Every check is a row with its figures. If a row says FAIL, the exit code is 1.
-A CPU uses the laptop's model and leaves out what needs a GPU. Each stage runs in its own process, or in `--ranks` of
+A CPU uses the models of `tiny/` and leaves out what needs a GPU. Each stage runs in its own process, or in `--ranks` of
 them, so that a stage that dies or hangs is one row and the others still run. Fields of the config may follow.
 """
 
@@ -28,12 +28,12 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import oisd
-from support import laptop, models, problems, processes, run_folder
+from support import models, problems, processes, run_folder
 from support.check_model import deviation
 from support.settings import ROOT, UserError
 
@@ -263,9 +263,9 @@ def execute(stage, options):
 
 
 def random_model(folder):
-    """Write random weights in the shape of Qwen3-0.6B, with the laptop's tokenizer: -> the fields."""
+    """Write random weights in the shape of Qwen3-0.6B, with the tokenizer of `tiny/`: -> the fields."""
     torch.manual_seed(0)
-    tokenizer = laptop.make_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "middle")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_06B, **ids), dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -277,7 +277,6 @@ def complete(words, folder):
     """Put fields that make runs short before the given ones, which win. Raises: UserError."""
     fields = SHORT.split()
     if not any(word.startswith("--config") for word in words):
-        laptop.make()
         sampler = "vllm" if find_spec("vllm") else "hf"
         fields += ["--config=configs.toml:tiny", f"--sampler={sampler}"]
         fields += random_model(f"{folder}/model") if CUDA else []
