@@ -71,7 +71,7 @@ class Config(oisd.Config):
 
     # Evaluation
     model: str = ""  # Hugging Face name or folder; "" for that of `run`
-    run: str = ""  # finished run, without `model`: its model, settings and held-out problems
+    run: str = ""  # finished run: its model, settings and data; "" for the newest in runs/
     benchmarks: Text = ",".join(BENCHMARKS)  # names; your own data: NAME=SOURCE
     samples: Count = 0  # per problem; 0: the paper's number, 16 for your own data
     limit: Count = 0  # only the first N problems of each benchmark; 0 for all
@@ -81,22 +81,26 @@ class Config(oisd.Config):
 
 
 SAMPLING = "sampler temperature max_response_tokens dtype thinking system_prompt seed".split()
-SHARED = [*SAMPLING, "chat_template", "question_field", "answer_field"]  # what a run gives, too
+SHARED = [*SAMPLING, "chat_template", "question_field", "answer_field"]  # taken from `run`, too
 SHARED += "sampler_batch vllm_eager grader_seconds grader_workers".split()
 OPTIONS = [*Config.__annotations__, *SHARED]
 
 
-def run_options(run: str) -> dict[str, Any]:
-    """Take the settings from a finished run, by default the newest of runs/. Raises: UserError."""
+def of_run(given: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of a finished run under the `given` ones. Raises: UserError."""
     finished = sorted(Path("runs").glob("*/final"), key=lambda final: final.stat().st_mtime)
-    if not run and not finished:
+    if "run" not in given and not finished:
         raise UserError("--model is missing: a Hugging Face name or a folder; runs/ has no run")
-    folder = Path(run) if run else finished[-1].parent
-    settings = run_settings(folder, oisd.Config)
-    shared = {name: settings[name] for name in SHARED}
-    source = settings["test_data"] or settings["train_data"]
-    model = {"model": f"{folder}/final", "benchmarks": f"held_out={source}"}
-    return shared | model | {"limit": settings["eval_problems"]}
+    folder = Path(given["run"]) if "run" in given else finished[-1].parent
+    run = run_settings(folder, oisd.Config, {})
+    values = {name: getattr(run, name) for name in SHARED}
+    values["model"] = f"{folder}/final"
+    values["output_dir"] = f"{folder}/evaluation_{run.num_steps}"  # a resumed run gets another one
+    if "benchmarks" not in given:
+        if not run.test_data:
+            raise UserError(f"{folder} has no test_data: name --benchmarks NAME=SOURCE")
+        values |= {"benchmarks": f"held_out={run.test_data}", "limit": run.eval_problems}
+    return values | given
 
 
 # ---- Estimates ---------------------------------------------------------------------------------
@@ -205,8 +209,9 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
     settings["versions"] = versions | {"oisd": commit()}
     write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False))
     for name, asked in ask.items():
-        print(f"{name}: {asked['problems']} problems x {asked['samples']} samples -> {folder}")
-    print(f"the first prompt:\n---\n{first_prompt}\n---", flush=True)
+        shown = f"{name}: {asked['problems']} problems x {asked['samples']} samples"
+        processes.say(f"{shown} -> {folder}")
+    processes.say(f"the first prompt:\n---\n{first_prompt}\n---")
     return set(read_samples(folder))
 
 
@@ -247,6 +252,7 @@ def summarize(folder: Path, grader: Grader) -> None:
     settings = json.loads((folder / "settings.json").read_bytes())
     samples = read_samples(folder)
     rows = list(samples.values())
+    processes.doing("grading")
     verdicts = grader.grade([row["response"] for row in rows], [row["gold"] for row in rows])
     for row, verdict in zip(rows, verdicts):
         row["answer"] = extract_boxed(row["response"])
@@ -274,7 +280,7 @@ def summarize(folder: Path, grader: Grader) -> None:
     table = report(summary)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     write_atomically(folder / "table.md", table)
-    print(f"\n{table}\n-> {folder}")
+    processes.say(f"{table}-> {folder}")
 
 
 # ---- Report ------------------------------------------------------------------------------------
@@ -347,10 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program: -> 0, 2 for a UserError or a failure of the disk, 130 for Ctrl-C."""
     try:
         given, _ = Parser(Config, "evaluate.py", __doc__, OPTIONS).given(arguments)
-        if "run" in given and "model" in given:
-            raise UserError("--run has a model of its own: leave --model out")
-        if not given.keys() & {"model", "grade_only"}:
-            given = run_options(given.get("run", "")) | given
+        other = given.keys() & {"model", "grade_only"}
+        if other and "run" in given:
+            raise UserError(f"--run has a model of its own: leave --{min(other)} out")
+        if not other:
+            given = of_run(given)
+            processes.say(f"evaluating {given['model']}")
         config = Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)
         with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader:
             if config.grade_only:
@@ -358,6 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 evaluate(config, grader)
     except (UserError, OSError) as problem:
+        processes.doing("")
         print(f"evaluate: error: {one_line(problem)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

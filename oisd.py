@@ -109,6 +109,7 @@ class Config:
     table: ClassVar[str] = "tiny"  # the default table of configs.toml
     resumable: ClassVar[bool] = True
     prompt_limit: ClassVar[str] = "max_prompt_tokens"  # field that limits the longest prompt
+    paths: ClassVar[tuple[str, ...]] = ("model", "train_data", "test_data")
 
     # Model and problems
     model: Text = "tiny/middle"  # Hugging Face name or folder of a decoder-only model
@@ -1334,6 +1335,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     rows = models.check_model_config(config.model, *limits).vocab_size
     tokenizer = problems.load_tokenizer(config.model, config.chat_template)
     held_out, left_out = [], 0
+    doing("reading the problems")
     with accelerator.main_process_first():  # the others find its cache
         training, too_long = method.load_problems(config.train_data, tokenizer, config)
         if config.test_data:
@@ -1341,6 +1343,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     held_out = held_out[: config.eval_problems or None]
     grader = Grader(workers=config.grader_workers, seconds=config.grader_seconds)
     if rank() == 0:
+        doing("comparing every gold answer with a copy of itself")
         problems.check_problems(config.train_data, training, rows, grader)
         problems.check_problems(config.test_data, held_out, rows, grader)
     found = f"{len(training)} training problems, {too_long} too long"
@@ -1356,6 +1359,7 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
 
     # Start the engine while the device is empty.
     if config.sampler == "vllm":
+        doing("starting vLLM")
         if config.vllm_memory == "auto" and device.type == "cuda":
             share = processes.vllm_share(device, model)
             config = model.config = dataclasses.replace(config, vllm_memory=share)
@@ -1374,9 +1378,8 @@ def assemble(config: Config, folder: Path, accelerator: Accelerator, method: Met
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     fused = device.type == "cuda"  # fused AdamW needs no temporaries as large as the model
     optimizer = torch.optim.AdamW(model.parameter_groups(), **settings, fused=fused)
-    say(f"{config.model}: {models.sizes(model)}")
-    student = f"student layer {config.student_layer}"
-    say(f"{student}, {world()} x {device.type}, {config.dtype} -> {folder}")
+    where = f"{world()} x {device.type}, {config.dtype} -> {folder}"
+    say(f"{config.model}: {models.sizes(model)}\nstudent layer {config.student_layer}, {where}")
     return Run(
         method=method,
         config=config,
@@ -1518,6 +1521,7 @@ def main(arguments: Sequence[str] | None = None, method: Method = Method()) -> i
     try:
         run = prepare(*load_config(arguments, method.config), method)
     except UserError as problem:
+        doing("")
         print(f"oisd: error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -117,8 +117,8 @@ def split_by_size(sizes: Sequence[int], limit: int, ranks: int = 1) -> list[list
 
 
 # ---- What the user sees ------------------------------------------------------------------------
-# Lines, from rank 0 alone. On a terminal, one more line below them says what is happening now and
-# is overwritten; a file gets the lines only. No colors and no escape codes.
+# Rank 0 prints lines. On a terminal, one more line below them says what is happening now and is
+# overwritten; a file gets the lines only. There are no colors and no escape codes.
 
 
 def terminal_width() -> int:
@@ -142,7 +142,9 @@ def doing(text: str) -> None:
 
 
 def counted(items: Iterable, total: int, text: str) -> Iterator:
-    """Yield the items, and show how many of `total` have come."""
+    """Yield the items, and show how many of this rank's `total` have come."""
+    if world() > 1:
+        text = f"{text} on rank 0"
     doing(f"{text}: 0 of {total}")
     for done, item in enumerate(items, start=1):
         yield item

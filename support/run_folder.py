@@ -429,13 +429,15 @@ def closing(folder: Path, held_out: dict[str, dict], config: Any) -> str:
     steps = config.num_steps
     scores = [percent(score) for score in held_out.values()]
     lines = []
-    if scores:
+    if len(scores) > 1:
         lines.append(f"held-out accuracy: {scores[0]} before, {scores[-1]} after {steps} steps")
-    lines.append(f"curves: {folder / 'curves.png'}; trained model: {folder / 'final'}")
+    if steps:
+        lines.append(f"curves: {folder / 'curves.png'}")
+    lines.append(f"trained model: {folder / 'final'}")
     lines.append("What to try next:")
-    lines.append(f"  python evaluate.py --run {folder}      # Avg@K and Pass@K")
-    lines.append(f"  python tools/lens.py table {folder}    # what each layer would say")
-    if config.resumable:
+    lines.append(f"  python evaluate.py --run {shlex.quote(str(folder))}  # Avg@K, Pass@K")
+    lines.append(f"  python tools/lens.py table {shlex.quote(str(folder))}  # what each layer says")
+    if config.resumable and steps:
         lines.append(f"  {resume_command(folder, config.program)} --num_steps {2 * steps}")
     return "\n".join(lines)
 
@@ -455,8 +457,8 @@ def duration(seconds: float) -> str:
 def step_line(metrics: dict[str, Any], total: int, left: float) -> str:
     """Summarize a step in a line of at most 80 columns. `left`: seconds until the last step."""
     step = f"step {metrics['step']:{len(str(total))}}/{total}"
-    bar = "#" * round(15 * metrics["reward"])
-    parts = [f"{step}  reward {metrics['reward']:.3f} |{bar:15}|"]
+    bar = "#" * round(10 * metrics["reward"])
+    parts = [f"{step}  reward {metrics['reward']:.3f} |{bar:10}|"]
     if metrics.get("think_js") is not None:
         parts.append(f"think JS {metrics['think_js']:.3f}")
     parts.append(duration(metrics["seconds"]))

@@ -117,16 +117,18 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
         if key not in fields:
             hint = nearest(key, fields)
             raise UserError(f"{origin}: there is no field {key!r}{hint}; see --help")
-    values = {key: checked(kind, key, *entry) for key, entry in merged.items()}
-    return table, {key: beside(path.parent, value) for key, value in values.items()}
+    return table, {
+        key: checked(kind, key, value, origin) for key, (value, origin) in merged.items()
+    }
 
 
-def beside(folder: Path, value: Any) -> Any:
-    """Write a table's path as one from here, if it exists only relative to `folder`."""
-    if not isinstance(value, str) or "/" not in value or os.path.exists(value):
-        return value
-    path = f"{folder}/{value}"
-    return path if os.path.exists(path) else value
+def with_paths(settings: Any) -> Any:
+    """Find what ships with the program, such as `tiny/middle`, from any working directory."""
+    given = {name: getattr(settings, name) for name in settings.paths}
+    absent = {name: path for name, path in given.items() if path and not os.path.exists(path)}
+    shipped = {name: f"{ROOT}/{path}" for name, path in absent.items()}
+    found = {name: path for name, path in shipped.items() if os.path.exists(path)}
+    return dataclasses.replace(settings, **found)
 
 
 def toml_table(name: str, settings: Any) -> str:
@@ -138,14 +140,18 @@ def toml_table(name: str, settings: Any) -> str:
     return "\n".join([f"[{json.dumps(name, ensure_ascii=False)}]", *lines, ""])
 
 
-def run_settings(folder: Path, kind: type) -> dict[str, Any]:
-    """Read a finished run's settings, those that `kind` has, too. Raises: UserError."""
+def run_settings(folder: Path, kind: type, given: dict[str, Any]) -> Any:
+    """Read a finished run's settings, the `given` ones on top: -> a `kind`.
+
+    Fields that only a baseline has are left out. Raises: UserError.
+    """
     written = folder / "config.toml"
     if not (folder / "final").exists() or not written.exists():
         raise UserError(f"{folder} is no finished run: it lacks config.toml or final/")
-    (values,) = tomllib.loads(written.read_text(encoding="utf-8")).values()
-    known = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if name in known}
+    (found,) = tomllib.loads(written.read_text(encoding="utf-8")).values()
+    known = {field.name for field in dataclasses.fields(kind)} & found.keys()
+    values = {name: checked(kind, name, found[name], str(written)) for name in known}
+    return with_paths(kind(**values | given))
 
 
 class Parser(argparse.ArgumentParser):
@@ -207,7 +213,7 @@ def load_settings(
     folder = given.get("resume")
     if not folder:
         table, values = read_table(kind, options["config"] or f"configs.toml:{kind.table}")
-        return table, kind(**values | given)
+        return table, with_paths(kind(**values | given))
     if options["config"]:
         raise UserError("--resume takes the settings of the run itself: leave --config out")
     if "output_dir" in given:
@@ -227,7 +233,7 @@ def load_settings(
             raise UserError(
                 f"--resume: {name} = {value!r}, but the run in {folder} has {before[name]!r}"
             )
-    return table, kind(**values | given | {"output_dir": folder})
+    return table, with_paths(kind(**values | given | {"output_dir": folder}))
 
 
 def derive_seed(*parts: int | str) -> int:

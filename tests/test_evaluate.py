@@ -10,6 +10,7 @@ from statistics import fmean
 import evaluate
 import oisd
 import pytest
+from baselines import ppo
 from support.hf_sampler import HfSampler
 
 from conftest import PAPER_DATA, ROOT, launch, needs_paper_data, output_of, read_lines, toy_arguments, write_lines
@@ -59,19 +60,35 @@ def test_the_newest_run_is_evaluated_as_it_was_trained(toy, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert evaluate.main([]) == 2
     assert "--model is missing: a Hugging Face name or a folder; runs/ has no run" in capsys.readouterr().err
-    for place, changes in (("runs/old", {"seed": 3}), ("runs/new", {"seed": 4, "temperature": 0.5})):
-        assert oisd.main(toy_arguments(toy, place, num_steps=0, eval_problems=2, **changes)) == 0
+    small = {"num_steps": 1, "eval_problems": 2}
+    assert oisd.main(toy_arguments(toy, "runs/old", seed=3, **small)) == 0
+    assert oisd.main(toy_arguments(toy, "runs/new", seed=4, temperature=0.5, **small)) == 0
     os.utime("runs/old/final", (0, 0))
     assert evaluate.main(["--samples=2"]) == 0
-    assert "held_out: 2 problems x 2 samples -> runs/eval_new_final" in capsys.readouterr().out
-    assert evaluate.main(["--samples=2", "--run=runs/old", "--temperature=2"]) == 0
-    for run, seed, temperature in (("new", 4, 0.5), ("old", 3, 2.0)):
-        held = json.loads((tmp_path / f"runs/eval_{run}_final/settings.json").read_text())["held"]
+    shown = capsys.readouterr().out
+    assert "evaluating runs/new/final\nheld_out: 2 problems x 2 samples -> runs/new/evaluation_1\n" in shown
+    assert oisd.main(["--resume=runs/new", "--num_steps=2"]) == evaluate.main(["--samples=2"]) == 0
+    everything = f"--benchmarks=all={toy / 'train.jsonl'}"
+    assert evaluate.main(["--samples=2", "--run=runs/old", "--temperature=2", everything]) == 0
+    assert "all: 7 problems x 2 samples -> runs/old/evaluation_1\n" in capsys.readouterr().out
+    for folder, seed, temperature in (("new/evaluation_2", 4, 0.5), ("old/evaluation_1", 3, 2.0)):
+        held = json.loads((tmp_path / "runs" / folder / "settings.json").read_text())["held"]
         expected = {"sampler": "hf", "max_response_tokens": 8, "dtype": "float32", "seed": seed}
         assert expected | {"temperature": temperature} == {name: held[name] for name in [*expected, "temperature"]}
     assert evaluate.main(["--run=runs"]) == evaluate.main(["--run=runs/old", "--model=a"]) == 2
     shown = capsys.readouterr().err
     assert "runs is no finished run" in shown and "leave --model out" in shown
+
+
+def test_a_baselines_run_is_evaluated_and_one_without_held_out_problems_is_not(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = toy_arguments(toy, "runs/ppo", num_steps=0)[2:]
+    config = f"--config={ROOT}/configs.toml:tiny_ppo"
+    assert oisd.main([config, *words, "--attention_weight=0"], ppo.METHOD) == 0
+    assert evaluate.main(["--samples=1", "--limit=1"]) == 0
+    assert oisd.main(toy_arguments(toy, "runs/alone", num_steps=0, test_data="")) == 0
+    assert evaluate.main(["--run=runs/alone"]) == 2
+    assert "runs/alone has no test_data: name --benchmarks NAME=SOURCE" in capsys.readouterr().err
 
 
 def test_interrupted_and_resumed_is_uninterrupted(toy, complete, tmp_path, monkeypatch, capsys):

@@ -48,10 +48,11 @@ def test_the_program_prints_nothing_but_its_lines(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(9.9, "9.9 s"), (99.4, "99 s"), (99.5, "2 min"), (5969, "99 min"), (5970, "1.7 h")]
+    ("seconds", "shown"),
+    [(9.9, "9.9 s"), (99.4, "99 s"), (99.5, "2 min"), (5969, "99 min"), (5970, "1.7 h"), (3.6e6, "1000.0 h")],
 )
 def test_a_line_of_a_step_fits_80_columns(seconds, shown):
-    metrics = {"step": 300, "reward": 1.0, "think_js": 0.6931, "seconds": 12345.6}
-    line = run_folder.step_line(metrics, 300, seconds)
+    metrics = {"step": 9999, "reward": 1.0, "think_js": 0.6931, "seconds": 12345.6}
+    line = run_folder.step_line(metrics, 9999, seconds)
     assert len(line) <= 80 and line.endswith(f"  {shown} left")
-    assert "|###############|" in line and "think JS" not in run_folder.step_line(metrics | {"think_js": None}, 300, 0)
+    assert "|##########|" in line and "think JS" not in run_folder.step_line(metrics | {"think_js": None}, 9999, 0)

@@ -37,7 +37,7 @@ def test_golds_are_the_sums_and_solutions_reach_them(name, file):
         assert all(eval(left) == int(right) for left, right in (step.split("=") for step in [*steps, last]))
 
 
-def test_no_held_out_sum_is_trained_on():
+def test_no_held_out_sum_of_a_set_is_trained_on():
     questions = [[row["question"] for row in read_lines(TINY / name / file)] for name, file in SETS]
     for train, test in zip(questions[::2], questions[1::2]):
         assert len({*train, *test}) == len(train) + len(test)

@@ -1,6 +1,6 @@
 """Build what `tiny/` ships: sums, and three small models that add them carelessly.
 
-    python tiny/build.py                                  all of it; ten minutes on one core
+    python tiny/build.py                                  all of it; 15 minutes on one core
     python tiny/build.py --slip 0.5 --folder runs/half    one more start model
 
     question   47+8+5+9          response   47+8=55,55+5=60,60+9=69 \\boxed{69}
@@ -82,6 +82,7 @@ def draw_problems(terms):
 
 
 def write_problems(path, questions):
+    """Write a line per question, with its answer and a solution without slips."""
     rows = []
     for question in questions:
         solution = demonstrate(question, 0.0, random.Random(0))
@@ -113,6 +114,7 @@ def make_tokenizer():
 
 
 def make_model(tokenizer):
+    """Build a Qwen3 with random weights."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -133,7 +135,7 @@ def make_model(tokenizer):
 
 
 def draw_batch(tokenizer, slip, excluded, rng):
-    """Draw demonstrations: -> token ids and labels, which cover the response and <eos>."""
+    """Draw demonstrations: -> token ids and labels, (BATCH, T); -100 outside the response."""
     texts = []
     while len(texts) < BATCH:
         question = draw_question(TERMS["sums"], rng)
@@ -189,11 +191,13 @@ def build(slips, folder):
 def main():
     parser = argparse.ArgumentParser(description="Build the problems and the start models.")
     parser.add_argument("--slip", type=float, help="one model only: share of steps that go wrong")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write [%(default)s]")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where to write [tiny]")
     options = parser.parse_args()
     if options.slip is not None:
         if not 0 <= options.slip <= 1:
             parser.error(f"--slip {options.slip}: it must be 0 to 1")
+        if options.folder == HERE:
+            parser.error("--slip needs the --folder of the new model")
         return build({"": options.slip}, options.folder)
     for name, terms in TERMS.items():
         (options.folder / name).mkdir(parents=True, exist_ok=True)

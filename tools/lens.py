@@ -68,9 +68,8 @@ def settings_of(place: Path, words: list[str]) -> oisd.Config:
         return oisd.load_config(words)[1]
     if not (place / "config.toml").exists():
         raise UserError(f"{place} is no run: name the table of its problems by --config FILE:TABLE")
-    values = run_settings(place, oisd.Config)
     given, _ = Parser(oisd.Config, "lens.py", "").given(words)
-    return oisd.Config(**values | given)
+    return run_settings(place, oisd.Config, given)
 
 
 def open_place(place: str, words: list[str]) -> Opened:
@@ -81,6 +80,8 @@ def open_place(place: str, words: list[str]) -> Opened:
     config = settings_of(Path(place), words)
     if (Path(place) / "config.toml").exists():
         place = f"{place}/final"
+        if not Path(place).exists():
+            raise UserError(f"{place} does not exist: the run is not finished")
     plain = {"lora_rank": 0, "spread_weights": False, "dtype": "float32", "attention": "sdpa"}
     config = dataclasses.replace(config, model=place, **plain)
     tokenizer, (loaded, _) = problems.load_tokenizer(config.model, config.chat_template), oisd.load_model(config)
