@@ -11,8 +11,9 @@ there. A model learns how to add *and* how often to slip, as it would from web t
 verifiable reward can keep the skill and unlearn the slips. Greedy decoding is nearly always
 correct, so RL adds reliability, not a skill. It says little about real reasoning.
 
-A quarter of the demonstrations show the solution in the prompt, `47+8+5+9=47+8=55,...`, and are
-always careful. A model can thus use a given solution, which OPSD expects of its teacher.
+A quarter of the demonstrations show a solution in the prompt, `47+8+5+9=47+8=55,...`, with slips of
+its own, and repeat it. The model thus learns to follow a given solution, which OPSD expects of its
+teacher.
 """
 
 import argparse
@@ -32,9 +33,10 @@ TERMS = {"sums": range(2, 9), "four": [4]}  # data sets, and how many terms thei
 TRAIN = 2048  # problems
 TEST = 512
 BATCH = 64  # demonstrations per step
-CAREFUL = {"steps": 900, "learning_rate": 3e-3}
+CAREFUL = {"steps": 800, "learning_rate": 3e-3}
 CARELESS = {"steps": 120, "learning_rate": 1e-3}
-SHOWN = 0.25  # share of demonstrations whose prompt shows the solution
+SHOWN = 0.25  # share of demonstrations whose prompt shows a solution
+SHOWN_SLIP = 0.5  # share of its wrong steps; of a correct one, the model would only read the sum
 SLIPS = {"weak": 0.65, "middle": 0.35, "strong": 0.16}  # share of a careless pupil's wrong steps
 VOCABULARY = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *"0123456789+=, }", "\\boxed{"]
 # System messages are not rendered, because this model knows no words.
@@ -142,8 +144,8 @@ def draw_batch(tokenizer, slip, excluded, rng):
         if question in excluded:
             continue
         shown = len(texts) < SHOWN * BATCH
-        prompt = f"{question}={demonstrate(question, 0.0, rng)}" if shown else question
-        answer = demonstrate(question, 0.0 if shown else slip, rng)
+        answer = demonstrate(question, SHOWN_SLIP if shown else slip, rng)
+        prompt = f"{question}={answer}" if shown else question
         texts.append(f"<user>{prompt}<assistant>{answer}<eos>")
     ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
     is_start = ids == tokenizer.convert_tokens_to_ids("<assistant>")
