@@ -32,6 +32,9 @@ def test_a_terminal_ends_up_with_the_lines_of_a_file(toy, tmp_path, monkeypatch,
     file, terminal = shown
     assert "\r" not in file and "step 2/2  reward" in file
     assert on_screen(terminal) == file.split("\n")
+    processes.doing("a passing line")
+    processes.say("short")
+    assert on_screen(capsys.readouterr().out) == ["short", ""]
     passing = re.findall(r"\r([^\r\n]*)\r", terminal)
     assert {len(text) for text in passing} == {40} and "sampling (train): 32 of 32".ljust(40) in passing
 
