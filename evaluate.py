@@ -208,6 +208,7 @@ def claim(folder: Path, config: Config, tokenizer: Tokenizer, data: dict, ask: d
     settings = {"held": held | data, "ask": ask, "first_prompt": first_prompt}
     settings["versions"] = versions | {"oisd": commit()}
     write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False))
+    processes.say(f"evaluating {config.model}")
     for name, asked in ask.items():
         shown = f"{name}: {asked['problems']} problems x {asked['samples']} samples"
         processes.say(f"{shown} -> {folder}")
@@ -358,7 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--run has a model of its own: leave --{min(other)} out")
         if not other:
             given = of_run(given)
-            processes.say(f"evaluating {given['model']}")
         config = Config(**given, max_tokens_per_gpu=2**60, recompute_layers=0)
         with Grader(workers=config.grader_workers, seconds=config.grader_seconds) as grader:
             if config.grade_only:

@@ -555,6 +555,7 @@ def draw_curves(rows: Sequence[dict], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points), label=name)
         axis.set(title=title, xlabel="training step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(linestyle="--", alpha=0.5)
         if len(axis.lines) > 1:
             axis.legend()
