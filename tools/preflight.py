@@ -5,8 +5,9 @@
     python tools/preflight.py --ranks 2 --report preflight.md      two processes; default: all GPUs
 
 Without `--config` nothing is downloaded. Every check is a row with its figures. If a row says FAIL, the exit code is 1.
-A CPU uses the models of `tiny/` and leaves out what needs a GPU. Each stage runs in its own process, or in `--ranks` of
-them, so that a stage that dies or hangs is one row and the others still run. Fields of the config may follow.
+A CPU uses `tiny/middle`, samples with Transformers and leaves out what needs a GPU. Each stage runs in its own process,
+or in `--ranks` of them, so that a stage that dies or hangs is one row and the others still run. Fields of the config
+may follow.
 """
 
 import argparse
@@ -277,7 +278,8 @@ def complete(words, folder):
     """Put fields that make runs short before the given ones, which win. Raises: UserError."""
     fields = SHORT.split()
     if not any(word.startswith("--config") for word in words):
-        sampler = "vllm" if find_spec("vllm") else "hf"
+        # On a CPU the model is tiny/middle, whose heads of width 16 vLLM's CPU build does not run.
+        sampler = "vllm" if CUDA and find_spec("vllm") else "hf"
         fields += ["--config=configs.toml:tiny", f"--sampler={sampler}"]
         fields += random_model(f"{folder}/model") if CUDA else []
     _, config = oisd.load_config([*fields, *words])
