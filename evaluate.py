@@ -86,12 +86,17 @@ SHARED += "sampler_batch vllm_eager grader_seconds grader_workers".split()
 OPTIONS = [*Config.__annotations__, *SHARED]
 
 
+def newest_run() -> Path:
+    """Find the run that finished last. Raises: UserError if runs/ has none."""
+    finished = list(Path("runs").glob("*/final"))
+    if not finished:
+        raise UserError("--model is missing: a Hugging Face name or a folder; runs/ has no run")
+    return max(finished, key=lambda final: final.stat().st_mtime).parent
+
+
 def of_run(given: dict[str, Any]) -> dict[str, Any]:
     """Put the settings of a finished run under the `given` ones. Raises: UserError."""
-    finished = sorted(Path("runs").glob("*/final"), key=lambda final: final.stat().st_mtime)
-    if "run" not in given and not finished:
-        raise UserError("--model is missing: a Hugging Face name or a folder; runs/ has no run")
-    folder = Path(given["run"]) if "run" in given else finished[-1].parent
+    folder = Path(given["run"]) if "run" in given else newest_run()
     run = run_settings(folder, oisd.Config, {})
     values = {name: getattr(run, name) for name in SHARED}
     values["model"] = f"{folder}/final"

@@ -87,7 +87,7 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
     `FILE:` means the file's only table. Raises: UserError.
     """
     file, _, table = address.rpartition(":") if ":" in address else (address, "", "")
-    path = Path(file) if Path(file).exists() else ROOT / file
+    path = Path(shipped(file))
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -122,12 +122,16 @@ def read_table(kind: type, address: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-def with_paths(settings: Any) -> Any:
+def shipped(path: str) -> str:
     """Find what ships with the program, such as `tiny/middle`, from any working directory."""
-    given = {name: getattr(settings, name) for name in settings.paths}
-    absent = {name: path for name, path in given.items() if path and not os.path.exists(path)}
-    shipped = {name: f"{ROOT}/{path}" for name, path in absent.items()}
-    found = {name: path for name, path in shipped.items() if os.path.exists(path)}
+    below_root = f"{ROOT}/{path}"
+    only_there = path and not os.path.exists(path) and os.path.exists(below_root)
+    return below_root if only_there else path
+
+
+def with_paths(settings: Any) -> Any:
+    """Apply `shipped` to the fields that are paths."""
+    found = {name: shipped(getattr(settings, name)) for name in settings.paths}
     return dataclasses.replace(settings, **found)
 
 
